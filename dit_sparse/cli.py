@@ -1,0 +1,372 @@
+"""The command line: one function a command; everything heavy is imported inside it.
+
+Data goes to standard output, progress and errors to standard error. Exit codes: 0 done,
+1 failed, 2 wrong usage.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dit_sparse.options import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    FramesOption,
+    GuidanceOption,
+    HeightOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    PromptOption,
+    PromptsOption,
+    SeedOption,
+    StepsOption,
+    WidthOption,
+    grid_of,
+)
+from dit_sparse.terminal import output, print_comparison, print_plan, progress, say
+
+if TYPE_CHECKING:
+    from dit_sparse.pipelines.plan import Plan
+    from dit_sparse.prompts import Prompt
+
+app = typer.Typer(
+    name="dit-sparse",
+    help="Training-free sparse attention for video and image diffusion transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: samples/models/moving-shapes.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: samples/plans/moving-shapes-d30.")
+    ] = None,
+    out: OutOption = Path("out/demo"),
+    steps: StepsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Generate the same videos dense and sparse with the sample model, side by side."""
+    from dit_sparse.demo import MODEL, PLAN, PROMPTS, missing_sample
+    from dit_sparse.demo import demo as run
+
+    model, plan = model or MODEL, plan or PLAN
+    reason = missing_sample(model, plan)
+    if reason is not None:
+        raise ValueError(reason)
+    session, loaded = _session(model, steps=steps), _plan(plan)
+    with progress("demo", 2 * (1 + len(PROMPTS))) as on_step:
+        result = run(session, loaded, out, on_step)
+    print_comparison(result.comparison, json_output)
+    for path in result.files:
+        say(f"wrote {path}")
+
+
+@app.command()
+def search(
+    budget: Annotated[str, typer.Option(help="What the plan may spend: density=0.3")],
+    out: OutOption,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of a diffusers pipeline.")
+    ] = None,
+    prompts: PromptsOption = None,
+    from_plan: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PLAN", help="Solve this plan's evidence, search nothing."),
+    ] = None,
+    dense_first: Annotated[
+        int | None, typer.Option(min=0, help="First denoising steps that stay dense.")
+    ] = None,
+    dense_last: Annotated[int, typer.Option(min=0, help="Last steps that stay dense.")] = 0,
+    block: Annotated[int, typer.Option(min=1, help="Tokens of a query or key block.")] = 64,
+    overwrite: OverwriteOption = False,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    guidance: GuidanceOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Find a pattern for every head under a budget and write the plan."""
+    from dit_sparse.plan_summary import plan_summary
+    from dit_sparse.runs import prepare_folder
+    from dit_sparse.search.budget import parse_budget
+
+    limit = parse_budget(budget)
+    if from_plan is not None and (model is not None or prompts is not None):
+        raise typer.BadParameter("--from solves a plan's evidence; leave --model and --prompts")
+    if from_plan is None and model is None:
+        raise typer.BadParameter("give --model DIR, or --from PLAN to search nothing")
+    _refuse_existing(out / "plan.json", overwrite)
+    if from_plan is not None:
+        from dit_sparse.search.driver import resolve
+
+        found = resolve(_plan(from_plan), limit)
+    else:
+        from dit_sparse.generate import check
+        from dit_sparse.pipelines.plan import Schedule
+        from dit_sparse.search.driver import search_plan
+
+        assert model is not None
+        asked = _read_prompts(prompts, None)
+        if any(prompt.seed is not None or prompt.negative_text for prompt in asked):
+            say("note: the search uses the prompts alone, not their seeds and negative prompts")
+        session = _session(
+            model,
+            steps=steps,
+            seed=seed,
+            height=height,
+            width=width,
+            frames=frames,
+            guidance=guidance,
+            dtype=dtype,
+            device=device,
+        )
+        settings = session.settings
+        check(session.pipe, settings, None)
+        prepare_folder(out)
+        first = settings.steps // 5 if dense_first is None else dense_first
+        with progress("search") as on_step:
+            found = search_plan(
+                session.pipe,
+                [prompt.text for prompt in asked],
+                limit,
+                steps=settings.steps,
+                seed=settings.seed,
+                height=settings.height,
+                width=settings.width,
+                frames=settings.frames,
+                guidance=settings.guidance,
+                schedule=Schedule(dense_first=first, dense_last=dense_last),
+                block=block,
+                progress=on_step,
+            )
+    found.save_pretrained(prepare_folder(out))
+    print_plan(plan_summary(found), json_output)
+    say(f"wrote {out}")
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    out: OutOption,
+    prompts: PromptsOption = None,
+    prompt: PromptOption = None,
+    plan: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Plan to run sparse; without it, dense.")
+    ] = None,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    guidance: GuidanceOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    backend: BackendOption = "auto",
+    json_output: JsonOption = False,
+) -> None:
+    """Generate a folder for every prompt; those that are there already are skipped."""
+    from dit_sparse.generate import generate as run
+
+    asked = _read_prompts(prompts, prompt)
+    loaded = None if plan is None else _plan(plan)
+    session = _session(
+        model,
+        steps=steps,
+        seed=seed,
+        height=height,
+        width=width,
+        frames=frames,
+        guidance=guidance,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+    )
+    rows = []
+    with progress("generate", len(asked)) as on_step:
+        for outcome in run(
+            session.pipe,
+            session.model,
+            asked,
+            session.settings,
+            out,
+            plan=loaded,
+            plan_source=plan,
+            on_step=on_step,
+        ):
+            rows.append(
+                {
+                    "prompt": outcome.prompt,
+                    "folder": str(outcome.folder),
+                    "state": outcome.state,
+                    "seconds": outcome.seconds,
+                    "reason": outcome.reason,
+                }
+            )
+            took = "" if outcome.seconds is None else f" in {outcome.seconds:.1f} s"
+            why = "" if outcome.reason is None else f": {outcome.reason}"
+            say(f"{outcome.state}{took}: {outcome.folder}{why}")
+    if json_output:
+        print(json.dumps({"runs": rows}))
+    failed = sum(row["state"] == "failed" for row in rows)
+    if failed:
+        raise ValueError(f"{failed} of {len(rows)} prompts failed; the reasons stand above")
+
+
+@app.command()
+def compare(
+    model: ModelOption,
+    plan: Annotated[list[str], typer.Option(metavar="DIR", help="A plan; may be repeated.")],
+    out: OutOption,
+    prompts: PromptsOption = None,
+    prompt: PromptOption = None,
+    overwrite: OverwriteOption = False,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    guidance: GuidanceOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    backend: BackendOption = "auto",
+    json_output: JsonOption = False,
+) -> None:
+    """Measure what plans cost in quality and gain in time against dense attention."""
+    from dit_sparse.comparison import compare as run
+    from dit_sparse.comparison import write_comparison, write_videos
+    from dit_sparse.generate import check
+    from dit_sparse.runs import prepare_folder
+
+    asked = _read_prompts(prompts, prompt)
+    plans = {Path(source).name: _plan(source) for source in plan}
+    if len(plans) < len(plan):
+        raise ValueError("two of the plans have the same folder name; rename one")
+    _refuse_existing(out / "comparison.json", overwrite)
+    session = _session(
+        model,
+        steps=steps,
+        seed=seed,
+        height=height,
+        width=width,
+        frames=frames,
+        guidance=guidance,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+    )
+    for loaded in plans.values():
+        check(session.pipe, session.settings, loaded)
+    prepare_folder(out)
+    with progress("compare", (1 + len(plans)) * (1 + len(asked))) as on_step:
+        comparison = run(
+            session.pipe,
+            session.model,
+            asked,
+            session.settings,
+            plans,
+            on_step=on_step,
+            on_videos=lambda prompt, samples: write_videos(
+                prepare_folder(out / prompt.id), samples
+            ),
+        )
+    path = write_comparison(out, comparison)
+    print_comparison(comparison, json_output)
+    say(f"wrote {path}")
+
+
+@app.command()
+def show(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="Folder or Hub id of a plan.")],
+    grid: Annotated[
+        str | None, typer.Option(metavar="TxHxW", help="Token grid; default: the searched one.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Default: out/<plan>.png")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Print a plan as a table and draw it as a heat map, layer by head."""
+    from dit_sparse.plan_summary import plan_summary
+    from dit_sparse.plots import plot_plan
+    from dit_sparse.runs import prepare_folder
+
+    summary = plan_summary(_plan(plan), None if grid is None else grid_of(grid))
+    if summary.grid is not None or figure is not None:
+        target = figure or Path("out") / f"{Path(plan).name}.png"
+        prepare_folder(target.parent)
+        plot_plan(summary, target)
+        say(f"wrote {target}")
+    print_plan(summary, json_output)
+
+
+@app.command()
+def env(json_output: JsonOption = False) -> None:
+    """Print machine, versions and backends, to be pasted into an issue."""
+    from dit_sparse.environment import backends, environment
+
+    values = {**environment(), "backends": backends()}
+    if json_output:
+        print(json.dumps(values))
+        return
+    from dit_sparse.tables import environment_table
+
+    output().print(environment_table(values))
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line on standard error, exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if _debugging():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _debugging() -> bool:
+    import os
+
+    return os.environ.get("DIT_SPARSE_LOG_LEVEL", "").lower() == "debug"
+
+
+def _session(model: str | Path, **asked: Any) -> Any:
+    from dit_sparse.session import open_session
+
+    return open_session(model, **asked)
+
+
+def _plan(source: str | Path) -> "Plan":
+    from dit_sparse.pipelines.plan import Plan
+
+    return Plan.from_pretrained(source)
+
+
+def _read_prompts(file: Path | None, texts: list[str] | None) -> "tuple[Prompt, ...]":
+    from dit_sparse.prompts import Prompt, read_prompts
+
+    if (file is None) == (not texts):
+        raise typer.BadParameter("give either --prompts FILE or --prompt TEXT")
+    if file is not None:
+        return read_prompts(file)
+    return tuple(Prompt(f"{number:04d}", text) for number, text in enumerate(texts or (), 1))
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already; choose another --out or give --overwrite")

@@ -1,0 +1,119 @@
+"""PlanSummary: what a plan does, head by head and on the whole."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from dit_sparse.kernels.blocks import Density, block_indices
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.pipelines.plan import Plan
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSummary:
+    """One head: its pattern, spelled out, and its block density at the grid (None without)."""
+
+    kind: str
+    pattern: str
+    density: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """What `dit-sparse show` says of a plan.
+
+    Args:
+        model: transformer class by component.
+        layers: the heads of each layer, by component and path.
+        patterns: share of the heads by kind.
+        density: of the sparse steps' self-attention, {element, block, weighted}; None while no
+            grid is known.
+        grid: (frames, height, width) in tokens, which the densities hold for.
+        schedule: {dense_first, dense_last} in denoising steps.
+        predicted: what the search expected.
+    """
+
+    digest: str
+    model: dict[str, str]
+    layers: dict[str, tuple[HeadSummary, ...]]
+    patterns: dict[str, float]
+    density: dict[str, float] | None
+    grid: Shape | None
+    block: int
+    schedule: dict[str, int]
+    predicted: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values under the names of the command line's contract."""
+        heads = {
+            layer: [
+                {"kind": head.kind, "pattern": head.pattern, "density": head.density}
+                for head in row
+            ]
+            for layer, row in self.layers.items()
+        }
+        return {
+            "digest": self.digest,
+            "model": self.model,
+            "heads": heads,
+            "patterns": self.patterns,
+            "density": self.density,
+            "grid": None if self.grid is None else list(self.grid),
+            "block": self.block,
+            "schedule": self.schedule,
+            "predicted": self.predicted,
+        }
+
+
+def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
+    """Summarize a plan at `grid`, by default the one it was searched at.
+
+    Raises:
+        ValueError: a pattern of the plan refuses the grid.
+    """
+    grid = grid or plan.grid
+    heads = list(chain.from_iterable(plan.assignment.values()))
+    density = {} if grid is None else _densities(plan, TokenGrid(*grid))
+    kinds = Counter(pattern.kind for pattern in heads)
+    return PlanSummary(
+        digest=plan.digest,
+        model={name: fingerprint.transformer for name, fingerprint in plan.model.items()},
+        layers={
+            layer: tuple(_head(pattern, density.get(pattern)) for pattern in patterns)
+            for layer, patterns in plan.assignment.items()
+        },
+        patterns={kind: count / len(heads) for kind, count in kinds.most_common()},
+        density=_mean([density[pattern] for pattern in heads]) if density else None,
+        grid=grid,
+        block=plan.block,
+        schedule={
+            "dense_first": plan.schedule.dense_first,
+            "dense_last": plan.schedule.dense_last,
+        },
+        predicted=plan.provenance.get("predicted", {}),
+    )
+
+
+def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
+    distinct = set(chain.from_iterable(plan.assignment.values()))
+    for pattern in distinct:
+        reason = pattern.refusal(grid)
+        if reason is not None:
+            raise ValueError(f"{pattern} refuses the grid {grid}: {reason}")
+    blocks = {"block_q": plan.block, "block_k": plan.block}
+    return {pattern: block_indices((pattern,), grid, **blocks).density() for pattern in distinct}
+
+
+def _head(pattern: Pattern, density: Density | None) -> HeadSummary:
+    return HeadSummary(pattern.kind, str(pattern), None if density is None else density.block)
+
+
+def _mean(densities: list[Density]) -> dict[str, float]:
+    return {
+        name: sum(getattr(density, name) for density in densities) / len(densities)
+        for name in ("element", "block", "weighted")
+    }

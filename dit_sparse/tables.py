@@ -1,0 +1,105 @@
+"""Table: what a command prints for a person."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dit_sparse.comparison import Comparison
+    from dit_sparse.plan_summary import PlanSummary
+
+HEADS_SHOWN = 6  # wider layers are counted by kind, not listed
+
+
+def comparison_table(comparison: "Comparison") -> Group:
+    """A line for the dense baseline and one for each plan."""
+    settings = comparison.settings
+    table = Table(box=SIMPLE)
+    table.add_column("plan")
+    density = ("element", "block", "weighted")
+    for column in (*density, "seconds", "speed-up", "low-high", "PSNR dB", "worst", "SSIM"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("dense", "1", "1", "1", f"{comparison.dense.seconds.median:.2f}", "1")
+    for plan in comparison.plans:
+        table.add_row(
+            plan.name,
+            *(f"{plan.density[kind]:.3f}" for kind in density),
+            f"{plan.seconds.median:.2f}",
+            f"{plan.speedup.median:.2f}",
+            f"{plan.speedup.low:.2f}-{plan.speedup.high:.2f}",
+            f"{plan.psnr_rgb.mean:.2f}",
+            f"{plan.psnr_rgb.worst:.2f}",
+            f"{plan.ssim.mean:.4f}",
+        )
+    prompts = len(comparison.prompts)
+    return Group(
+        f"{comparison.model}: {settings.frames} frames of {settings.width}x{settings.height}, "
+        f"{settings.steps} steps, {settings.dtype} on {settings.device}, "
+        f"{prompts} prompt{'s' * (prompts > 1)}",
+        table,
+        "element, block, weighted: densities over all self-attention calls, dense ones as 1",
+        "PSNR and SSIM: against dense, on 8-bit RGB frames before encoding",
+    )
+
+
+def plan_table(summary: "PlanSummary") -> Group:
+    """A line for each layer, a column for each head if there are few; below, the whole plan."""
+    table = Table(box=SIMPLE)
+    table.add_column("layer", no_wrap=True)
+    heads = max(len(row) for row in summary.layers.values())
+    if heads <= HEADS_SHOWN:
+        for head in range(heads):
+            table.add_column(f"head {head}")
+        for layer, row in summary.layers.items():
+            table.add_row(layer, *(_cell(head.pattern, head.density) for head in row))
+    else:
+        for kind in summary.patterns:
+            table.add_column(kind, justify="right")
+        for layer, row in summary.layers.items():
+            counts = Counter(head.kind for head in row)
+            table.add_row(layer, *(str(counts[kind]) for kind in summary.patterns))
+    components = ", ".join(f"{name} ({kind})" for name, kind in summary.model.items())
+    title = f"plan {summary.digest[:12]} for {components}"
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in summary.patterns.items())
+    schedule = summary.schedule
+    lines = [
+        f"heads: {shares}",
+        f"schedule: the first {schedule['dense_first']} and the last {schedule['dense_last']} "
+        "denoising steps run dense",
+    ]
+    if summary.density is None or summary.grid is None:
+        lines.append("density: unknown without a grid; give one: --grid 15x16x16")
+    else:
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in summary.density.items())
+        grid = "x".join(map(str, summary.grid))
+        lines.append(
+            f"density of the sparse steps: {figures} (grid {grid}, block {summary.block})"
+        )
+    lines += [f"predicted {name}: {value}" for name, value in summary.predicted.items()]
+    return Group(title, table, *lines)
+
+
+def environment_table(values: dict[str, Any]) -> Group:
+    """A block to paste into an issue."""
+    lines = []
+    for name, value in values.items():
+        rows = value if isinstance(value, dict) else {name: value}
+        if name != "backends":
+            lines += [
+                f"{key:>16}: {'-' if inner in (None, []) else inner}"
+                for key, inner in rows.items()
+            ]
+    table = Table(box=SIMPLE)
+    for column in ("backend", "device", "dtype", "verdict"):
+        table.add_column(column)
+    for row in values["backends"]:
+        verdict = "runs" if row["reason"] is None else row["reason"]
+        table.add_row(row["backend"], row["device"], row["dtype"], verdict)
+    return Group(*lines, table)
+
+
+def _cell(pattern: str, density: float | None) -> str:
+    return pattern if density is None else f"{pattern}  {density:.2f}"

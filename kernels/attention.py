@@ -1,0 +1,79 @@
+"""Sparse attention: softmax(scale * query . key) value over the pairs that the blocks list."""
+
+import math
+
+from torch import Tensor
+
+from dit_sparse.kernels.backend import choose
+from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.call import AttentionCall
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockIndices,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend over the pairs of tokens that `blocks` lists.
+
+    Args:
+        query, key, value: `[batch, tokens, heads, head_dim]`, heads last, tokens in raster order,
+            any strides, one floating dtype.
+        blocks: which keys each head's queries see, from `block_indices` or `from_block_mask`.
+        scale: factor of the logits, defaults to `head_dim ** -0.5`.
+        backend: `"auto"` takes the first backend that accepts the call; a name takes that backend
+            or raises a `ValueError` with the reason for its refusal, and never another one.
+
+    Returns:
+        The output, shaped and typed as `query`, and the natural-log sum of exponentials, float32
+        (float64 for float64 inputs) `[batch, heads, tokens]`. A query that sees no key gets 0 and
+        -inf. Padded text (`grid.valid_text`) is never seen, though its own rows are computed.
+    """
+    call = AttentionCall(
+        query, key, value, blocks, query.shape[-1] ** -0.5 if scale is None else scale
+    )
+    _check(call)
+    return choose(call, backend).run(call)
+
+
+def _check(call: AttentionCall) -> None:
+    query, blocks = call.query, call.blocks
+    if query.ndim != 4:
+        raise ValueError(
+            f"query must be [batch, tokens, heads, head_dim], got shape {tuple(query.shape)}"
+        )
+    for name, other in (("key", call.key), ("value", call.value)):
+        for what in ("shape", "dtype", "device"):
+            expected, came = getattr(query, what), getattr(other, what)
+            if expected != came:
+                raise ValueError(
+                    f"{name} must have the {what} of query, {_plain(expected)}, got {_plain(came)}"
+                )
+    batch, tokens, heads, _ = query.shape
+    if not query.is_floating_point():
+        raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
+    if tokens != blocks.grid.tokens:
+        raise ValueError(
+            f"the blocks are for grid {blocks.grid} of {blocks.grid.tokens} tokens, got {tokens} "
+            "tokens; build them with block_indices for this grid"
+        )
+    if heads != blocks.heads:
+        raise ValueError(
+            f"the blocks are for {blocks.heads} heads, got {heads}; give one pattern per head"
+        )
+    valid = blocks.grid.valid_text
+    if valid is not None and len(valid) != batch:
+        raise ValueError(
+            f"grid.valid_text is for a batch of {len(valid)}, got {batch}; give one count per "
+            "sample"
+        )
+    if not math.isfinite(call.scale):
+        raise ValueError(f"scale must be finite, got {call.scale}")
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, tuple) else value

@@ -1,0 +1,268 @@
+"""BlockIndices: for each head and block of queries, the blocks of keys to visit.
+
+    patterns + grid -> order -> blocks of queries x blocks of keys -> which are touched, and how
+
+A block of keys is listed if the pattern keeps at least one of its pairs, and only then. It is
+tagged whole if it keeps all of them; otherwise partial, and the pattern itself decides inside.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.order import TokenOrder, raster
+from dit_sparse.kernels.pattern import Pattern
+
+WHOLE = 0
+PARTIAL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Density:
+    """The share of all query-key pairs, averaged over heads, in three senses.
+
+    `element`: pairs kept. `block`: pairs in visited blocks, which is what a kernel computes.
+    `weighted`: as `block`, with keys pooled by `2^r` counted `1 / 2^r`. Padded text counts as
+    tokens, as it does in dense attention.
+    """
+
+    element: float
+    block: float
+    weighted: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class BlockIndices:
+    """Compressed rows of key blocks; a row is a (head, query block) pair, heads first.
+
+    Row `r` visits `key_block[row_pointer[r]:row_pointer[r + 1]]`, ascending. Blocks are runs of
+    the sequence `permutation` (position -> raster token), cut at `query_offsets` and
+    `key_offsets`. All tensors are on the CPU and must not be written to; two values are equal
+    only if they are the same object, so that backends can keep what they prepared for one.
+
+    Attributes:
+        grid: where the tokens stand, with the valid text of each sample.
+        order: the order that `permutation` realizes.
+        block_q, block_k: largest number of tokens in a block of queries, of keys.
+        heads: number of heads.
+        permutation: int64 `[tokens]`.
+        query_offsets, key_offsets: int64 `[blocks + 1]`.
+        row_pointer: int32 `[heads * query_blocks + 1]`.
+        key_block: int32 `[entries]`.
+        tag: int8 `[entries]`: `WHOLE`, `PARTIAL`, or r > 0 for keys pooled by `2^r`.
+        kept: int64 `[heads]`, pairs of tokens that each head keeps.
+        patterns: one for each head; `None` if the list came from a mask of blocks.
+    """
+
+    grid: TokenGrid
+    order: TokenOrder
+    block_q: int
+    block_k: int
+    heads: int
+    permutation: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    row_pointer: Tensor
+    key_block: Tensor
+    tag: Tensor
+    kept: Tensor
+    patterns: tuple[Pattern, ...] | None
+
+    @property
+    def query_blocks(self) -> int:
+        """Number of blocks of queries."""
+        return len(self.query_offsets) - 1
+
+    @property
+    def key_blocks(self) -> int:
+        """Number of blocks of keys."""
+        return len(self.key_offsets) - 1
+
+    def query_tokens(self, block: int) -> Tensor:
+        """Raster tokens of a block of queries, int64."""
+        return self.permutation[self.query_offsets[block] : self.query_offsets[block + 1]]
+
+    def key_tokens(self, block: int) -> Tensor:
+        """Raster tokens of a block of keys, int64."""
+        return self.permutation[self.key_offsets[block] : self.key_offsets[block + 1]]
+
+    def entries(self, head: int, query_block: int) -> Iterator[tuple[int, int]]:
+        """The key blocks of a row with their tags."""
+        row = head * self.query_blocks + query_block
+        span = slice(int(self.row_pointer[row]), int(self.row_pointer[row + 1]))
+        return zip(self.key_block[span].tolist(), self.tag[span].tolist(), strict=True)
+
+    def density(self) -> Density:
+        """The three densities, exact."""
+        rows = torch.arange(self.heads * self.query_blocks).repeat_interleave(
+            self.row_pointer.diff()
+        )
+        queries = self.query_offsets.diff()[rows % self.query_blocks]
+        visited = queries * self.key_offsets.diff()[self.key_block]
+        total = self.heads * self.grid.tokens**2
+        return Density(
+            element=int(self.kept.sum()) / total,
+            block=int(visited.sum()) / total,
+            weighted=float((visited / 2.0 ** self.tag.clamp_min(0)).sum()) / total,
+        )
+
+
+def block_indices(
+    patterns: Sequence[Pattern],
+    grid: TokenGrid,
+    order: TokenOrder | None = None,
+    block_q: int = 128,
+    block_k: int = 128,
+) -> BlockIndices:
+    """The blocks that `patterns`, one for each head, visit on `grid`.
+
+    Args:
+        patterns: one pattern per head; heads may differ.
+        grid: where the tokens stand.
+        order: defaults to the order that the patterns ask for, raster if none does.
+        block_q, block_k: tokens in a block of queries, of keys.
+
+    Raises:
+        ValueError: a pattern refuses the grid, or `order` is missing and heads ask for different
+            ones.
+
+    >>> from dit_sparse.kernels.pattern import Band, Full
+    >>> block_indices([Full(), Band(16)], TokenGrid(2, 8, 8), block_q=16, block_k=16).density()
+    Density(element=0.6142578125, block=0.671875, weighted=0.671875)
+    """
+    patterns = tuple(patterns)
+    if not patterns:
+        raise ValueError("block_indices needs one pattern for each head, got none")
+    for pattern in dict.fromkeys(patterns):
+        reason = pattern.refusal(grid)
+        if reason is not None:
+            raise ValueError(reason)
+    order = _common_order(patterns) if order is None else order
+    rows = [
+        _visited(pattern, replace(grid, valid_text=None), order, block_q, block_k)
+        for pattern in patterns
+    ]
+    return _assemble(
+        grid,
+        order,
+        block_q,
+        block_k,
+        counts=torch.cat([row.counts for row in rows]),
+        key_block=torch.cat([row.key_block for row in rows]),
+        tag=torch.cat([row.tag for row in rows]),
+        kept=torch.tensor([row.kept for row in rows]),
+        patterns=patterns,
+    )
+
+
+def from_block_mask(
+    mask: Tensor,
+    grid: TokenGrid,
+    order: TokenOrder | None = None,
+    block_q: int = 128,
+    block_k: int = 128,
+) -> BlockIndices:
+    """The blocks where `mask`, bool `[heads, query_blocks, key_blocks]`, is true, all whole."""
+    order = raster() if order is None else order
+    queries, keys = order.offsets(grid, block_q).diff(), order.offsets(grid, block_k).diff()
+    if mask.ndim != 3 or mask.shape[1:] != (len(queries), len(keys)) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be bool [heads, {len(queries)}, {len(keys)}] for grid {grid} in blocks of "
+            f"{block_q} x {block_k}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    mask = mask.cpu()
+    entries = mask.nonzero()[:, 2].to(torch.int32)
+    return _assemble(
+        grid,
+        order,
+        block_q,
+        block_k,
+        counts=mask.sum(-1).flatten(),
+        key_block=entries,
+        tag=torch.full_like(entries, WHOLE, dtype=torch.int8),
+        kept=((mask * queries[:, None]).sum(1) * keys).sum(-1),
+        patterns=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Visited:
+    """The rows of one head: entries in each, key blocks, tags, and the pairs kept in all."""
+
+    counts: Tensor
+    key_block: Tensor
+    tag: Tensor
+    kept: int
+
+
+@lru_cache(maxsize=64)
+def _visited(
+    pattern: Pattern, grid: TokenGrid, order: TokenOrder, block_q: int, block_k: int
+) -> _Visited:
+    permutation = order.permutation(grid)
+    query_offsets = order.offsets(grid, block_q)
+    key_offsets = order.offsets(grid, block_k)
+    key_sizes = key_offsets.diff()
+    counts, key_blocks, tags, kept = [], [], [], 0
+    # One block of queries at a time: block_q * tokens booleans, never tokens * tokens.
+    for queries in permutation.tensor_split(query_offsets[1:-1]):
+        keys_kept = pattern.rows(grid, queries).sum(0, dtype=torch.int32)[permutation]
+        cumulative = torch.nn.functional.pad(keys_kept.cumsum(0), (1, 0))
+        pairs = cumulative[key_offsets].diff()
+        visited = pairs.nonzero()[:, 0]
+        whole = pairs[visited] == len(queries) * key_sizes[visited]
+        counts.append(len(visited))
+        key_blocks.append(visited.to(torch.int32))
+        tags.append(torch.where(whole, WHOLE, PARTIAL).to(torch.int8))
+        kept += int(pairs.sum())
+    return _Visited(torch.tensor(counts), torch.cat(key_blocks), torch.cat(tags), kept)
+
+
+def _assemble(
+    grid: TokenGrid,
+    order: TokenOrder,
+    block_q: int,
+    block_k: int,
+    *,
+    counts: Tensor,
+    key_block: Tensor,
+    tag: Tensor,
+    kept: Tensor,
+    patterns: tuple[Pattern, ...] | None,
+) -> BlockIndices:
+    return BlockIndices(
+        grid=grid,
+        order=order,
+        block_q=block_q,
+        block_k=block_k,
+        heads=len(kept),
+        permutation=order.permutation(grid),
+        query_offsets=order.offsets(grid, block_q),
+        key_offsets=order.offsets(grid, block_k),
+        row_pointer=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+        key_block=key_block,
+        tag=tag,
+        kept=kept,
+        patterns=patterns,
+    )
+
+
+def _common_order(patterns: tuple[Pattern, ...]) -> TokenOrder:
+    wanted: dict[TokenOrder, list[int]] = {}
+    for head, pattern in enumerate(patterns):
+        if pattern.order is not None:
+            wanted.setdefault(pattern.order, []).append(head)
+    if len(wanted) > 1:
+        table = "; ".join(
+            f"{order}: " + ", ".join(f"head {head} ({patterns[head]})" for head in heads)
+            for order, heads in wanted.items()
+        )
+        raise ValueError(
+            f"the heads ask for different token orders ({table}); give order=, or build one "
+            "BlockIndices for each order"
+        )
+    return next(iter(wanted), raster())

@@ -1,0 +1,19 @@
+"""AttentionCall: one attention to be computed, checked and ready for a backend."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dit_sparse.kernels.blocks import BlockIndices
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """`query`, `key`, `value` `[batch, tokens, heads, head_dim]` in raster token order, of one
+    dtype and device, with any strides; which blocks to visit; and the factor of the logits."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    blocks: BlockIndices
+    scale: float

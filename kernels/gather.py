@@ -1,0 +1,149 @@
+"""Gather: sparse attention on the CPU with PyTorch's own dense attention.
+
+    for each rectangle of the cover:
+        output, lse = merge(attention over the keys that all its queries see,
+                            masked attention over the other keys)
+
+Operands: query, key, value `[batch, tokens, heads, head_dim]`, any strides, any floating dtype,
+any head_dim. Scores and sums of half precision inputs are kept in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.cover import Cover, Prices, Rectangle, Runs, covers
+from dit_sparse.kernels.merge import merge
+from dit_sparse.kernels.order import raster
+
+# Measured on an AMX machine: bfloat16 matrix products need many queries to be fast, and PyTorch
+# adds a mask to them at the price of a whole dense pair.
+_PRICES = {torch.bfloat16: Prices(narrow=95, masked=1.0)}
+_FLOAT_PRICES = Prices(narrow=27, masked=0.35)
+
+# Masks are kept between calls while those of one BlockIndices fit in this much memory; past it
+# they are evaluated anew.
+_KEPT_MASK_BYTES = 256 << 20
+
+# Finite, so that a query that sees no key of a rectangle yields no NaN; far below any real logit.
+_HIDDEN = -1e30
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What was derived from one BlockIndices: covers by valid text and dtype, and kept masks."""
+
+    covers: dict[object, list[Cover]] = field(default_factory=dict)
+    masks: dict[Rectangle, Tensor] = field(default_factory=dict)
+    mask_bytes: int = 0
+
+
+_prepared: WeakKeyDictionary[BlockIndices, _Prepared] = WeakKeyDictionary()
+
+
+def supports(call: AttentionCall) -> str | None:
+    """CPU tensors."""
+    if call.query.device.type != "cpu":
+        return f"runs on the CPU, the tensors are on {call.query.device}"
+    return None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """See the head of this file."""
+    batch, tokens, heads, _ = call.query.shape
+    dtype = call.query.dtype
+    prepared = _prepared.setdefault(call.blocks, _Prepared())
+    output = torch.empty(call.query.shape, dtype=dtype)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.promote_types(dtype, torch.float32))
+    valid_text = call.blocks.grid.valid_text or (None,) * batch
+    for valid in dict.fromkeys(valid_text):
+        samples = [sample for sample, count in enumerate(valid_text) if count == valid]
+        name = valid, dtype
+        if name not in prepared.covers:
+            prices = _PRICES.get(dtype, _FLOAT_PRICES)
+            prepared.covers[name] = covers(call.blocks, prices, valid)
+        for cover in prepared.covers[name]:
+            operands = (
+                _select(_select(x, 0, samples), 2, cover.heads)
+                for x in (call.query, call.key, call.value)
+            )
+            out, sums = _attend(*operands, cover, prepared, call.scale)
+            rows = torch.tensor(samples)[:, None], torch.tensor(cover.heads)
+            output.transpose(1, 2)[rows] = out.transpose(1, 2)
+            lse[rows] = sums
+    return output, lse
+
+
+def _select(tensor: Tensor, axis: int, indices: Sequence[int]) -> Tensor:
+    if len(indices) == tensor.shape[axis]:
+        return tensor
+    return tensor.index_select(axis, torch.tensor(indices))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, cover: Cover, prepared: _Prepared, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of the heads of one cover; operands and results as those of `run`."""
+    permutation = cover.blocks.permutation
+    moved = cover.blocks.order != raster()
+    if moved:
+        query, key, value = (x.index_select(1, permutation) for x in (query, key, value))
+    output = torch.zeros(query.shape, dtype=query.dtype)
+    lse = torch.full(
+        (query.shape[0], query.shape[2], query.shape[1]),
+        -torch.inf,
+        dtype=torch.promote_types(query.dtype, torch.float32),
+    )
+    for rectangle in cover.rectangles:
+        queries = slice(rectangle.first, rectangle.last)
+        parts = []
+        for runs, bias in (
+            (rectangle.whole, None),
+            (rectangle.masked, _bias(cover, rectangle, prepared, query.dtype)),
+        ):
+            if runs:
+                out, sums = _flash(
+                    query[:, queries].transpose(1, 2),
+                    _gather(key, runs).transpose(1, 2),
+                    _gather(value, runs).transpose(1, 2),
+                    attn_mask=bias,
+                    scale=scale,
+                )
+                sums = sums.masked_fill(sums < _HIDDEN / 2, -torch.inf)
+                parts.append((out.transpose(1, 2), sums))
+        output[:, queries], lse[:, :, queries] = merge(parts) if bias is not None else parts[0]
+    if moved:
+        output = torch.empty_like(output).index_copy_(1, permutation, output)
+        lse = torch.empty_like(lse).index_copy_(2, permutation, lse)
+    return output, lse
+
+
+def _gather(tensor: Tensor, runs: Runs) -> Tensor:
+    pieces = [tensor[:, first:last] for first, last in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _bias(
+    cover: Cover, rectangle: Rectangle, prepared: _Prepared, dtype: torch.dtype
+) -> Tensor | None:
+    """0 where a pair is kept, a huge negative number where not; kept between calls."""
+    if not rectangle.masked:
+        return None
+    bias = prepared.masks.get(rectangle)
+    if bias is None:
+        # Half precision cannot hold the number; PyTorch adds a float32 mask to it as well.
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        visible = cover.visible(rectangle)
+        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, _HIDDEN)
+        if prepared.mask_bytes + bias.nbytes <= _KEPT_MASK_BYTES:
+            prepared.mask_bytes += bias.nbytes
+            prepared.masks[rectangle] = bias
+    return bias

@@ -1,0 +1,88 @@
+"""Observer: sees query, key and value of every self-attention call of a dense run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.pipelines.binding import Site, bind
+from dit_sparse.pipelines.seam import SeamCall
+from dit_sparse.pipelines.steps import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """Which self-attention module a call belongs to.
+
+    Args:
+        component (`str`): the pipeline's component, `"transformer"` or `"transformer_2"`.
+        path (`str`): of the module in the component, `"blocks.0.attn1"`.
+        layer (`int`): its number among the self-attention modules of the component, from 0.
+    """
+
+    component: str
+    path: str
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """The key of the module in `Plan.assignment`."""
+        return f"{self.component}.{self.path}"
+
+
+Observer = Callable[[AttentionSite, str, int, int, TokenGrid, Tensor, Tensor, Tensor], None]
+
+
+@contextmanager
+def observe_attention(pipe: Any, observer: Observer) -> Iterator[None]:
+    """Call `observer` with every self-attention call of the model's own, dense attention.
+
+    The output of the pipeline does not change by a bit. Calls come as they run, both guidance
+    branches, in the order of layers and steps.
+
+    Args:
+        pipe (`DiffusionPipeline`): on which no plan is in effect.
+        observer (`Callable`): takes `(site, branch, step, steps, grid, query, key, value)`. The
+            tensors are `[batch, tokens, heads, head_dim]` after the rotary embedding, any
+            strides, not copied: what is kept beyond the call must be cloned, and nothing may be
+            written to them.
+
+    Raises:
+        ValueError: if a plan is in effect on the pipeline, if it is observed already, or, at the
+            first call, if the denoising step cannot be told.
+    """
+    bindings = bind(pipe, _Receiver(pipe, observer))
+    try:
+        yield
+    finally:
+        for binding in bindings:
+            binding.detach()
+
+
+class _Receiver:
+    def __init__(self, pipe: Any, observer: Observer) -> None:
+        self.clock = Clock(pipe)
+        self._observer = observer
+
+    def attend(self, site: Site, call: SeamCall) -> Tensor:
+        batch, tokens = call.query.shape[:2]
+        grid = site.binding.family.token_grid(call.shape, tokens)
+        moment = self.clock.now((batch, *grid.shape))
+        if moment.step is None or moment.steps is None:
+            raise site.refusal(
+                "the denoising step cannot be told; observe a pipeline, not a bare transformer"
+            )
+        self._observer(
+            AttentionSite(site.binding.component, site.path, site.layer),
+            moment.branch,
+            moment.step,
+            moment.steps,
+            grid,
+            call.query,
+            call.key,
+            call.value,
+        )
+        return call.dense()

@@ -1,0 +1,245 @@
+"""Plan: which pattern every head of every layer runs, at which denoising steps, for which model.
+
+A plan is a folder: `plan.json`, which a person can read and compare, and `evidence.safetensors`,
+the tables of the search, if there was one. A digest over both tells a plan from an edited one.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from dit_sparse.kernels.pattern import Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.pipelines import plan_file
+from dit_sparse.pipelines.family import Shape, family_of, transformers_of
+from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
+from dit_sparse.pipelines.plan_file import ModelEntry, PlanFile, ScheduleEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """At which denoising steps the layers of a plan run dense.
+
+    Args:
+        dense_first (`int`, defaults to 0): leading denoising steps that run dense.
+        dense_last (`int`, defaults to 0): trailing denoising steps that run dense.
+    """
+
+    dense_first: int = 0
+    dense_last: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dense_first", "dense_last"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(
+                    f"{name}: expected a number of denoising steps >= 0, came {value!r}"
+                )
+
+    @property
+    def always_sparse(self) -> bool:
+        """Whether the schedule is the same at every step, so that no step need be known."""
+        return self.dense_first == self.dense_last == 0
+
+    def dense(self, step: int, steps: int) -> bool:
+        """Whether denoising step `step` (from 0) of `steps` runs dense."""
+        return step < self.dense_first or step >= steps - self.dense_last
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Patterns for every layer and head of the transformers of one pipeline.
+
+    Two plans are the same plan when their digests are equal.
+
+    Args:
+        model (`dict[str, ModelFingerprint]`): the transformers it was made for, by the name of
+            the pipeline's component (`"transformer"`, `"transformer_2"`).
+        assignment (`dict[str, tuple[Pattern, ...]]`): one pattern per head for each
+            self-attention module, by component and path: `"transformer.blocks.0.attn1"`.
+        schedule (`Schedule`): the steps that run dense.
+        grid (`tuple[int, int, int]`, *optional*): the (frames, height, width) in tokens of the
+            search. Analytic patterns run at any other grid, listed columns refuse.
+        block (`int`, defaults to 64): tokens of a query block and of a key block.
+        provenance (`dict`): how the plan came about; any JSON object.
+        evidence (`dict[str, Tensor]`): the tables of the search, from which another budget is
+            solved; may be empty.
+
+    Raises:
+        ValueError: if `assignment` does not fit `model`, or `provenance` is not JSON.
+
+    Example:
+
+        plan = Plan.uniform(pipe, Neighborhood((5, 9, 9)), Schedule(dense_first=4))
+        plan.save_pretrained("plans/neighborhood")
+        plan = Plan.from_pretrained("plans/neighborhood")
+    """
+
+    model: dict[str, ModelFingerprint]
+    assignment: dict[str, tuple[Pattern, ...]]
+    schedule: Schedule = Schedule()
+    grid: Shape | None = None
+    block: int = 64
+    provenance: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if type(self.block) is not int or self.block < 1:
+            raise ValueError(f"block: expected a number of tokens >= 1, came {self.block!r}")
+        layers = dict.fromkeys(self.model, 0)
+        for path, patterns in self.assignment.items():
+            component = path.partition(".")[0]
+            if component not in self.model:
+                raise ValueError(
+                    f"layer {path}: expected a path that starts with a component of the model "
+                    f"({', '.join(self.model)}), came {component!r}"
+                )
+            layers[component] += 1
+            heads = self.model[component].heads
+            if len(patterns) != heads:
+                raise ValueError(
+                    f"layer {path}: expected one pattern for each of {heads} heads, "
+                    f"came {len(patterns)}"
+                )
+        for component, count in layers.items():
+            if count != self.model[component].layers:
+                raise ValueError(
+                    f"{component}: expected {self.model[component].layers} layers, came {count}; "
+                    "name every layer, with Full() for the heads that stay dense"
+                )
+        try:
+            plain = json.loads(json.dumps(self.provenance, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"provenance: expected a JSON object: {error}") from error
+        object.__setattr__(self, "provenance", plain)
+
+    @classmethod
+    def uniform(
+        cls,
+        pipe: Any,
+        pattern: Pattern,
+        schedule: Schedule = Schedule(),
+        *,
+        grid: Shape | None = None,
+        block: int = 64,
+    ) -> Self:
+        """The plan that runs the same pattern on every head of every layer of `pipe`."""
+        model = fingerprints(pipe)
+        assignment = {
+            path: (pattern,) * model[path.partition(".")[0]].heads for path in layer_paths(pipe)
+        }
+        return cls(model, assignment, schedule, grid, block, {"uniform": str(pattern)})
+
+    def check(self, pipe: Any) -> None:
+        """Raise `ValueError` unless the plan was made for the transformers of `pipe`."""
+        came = fingerprints(pipe)
+        if set(came) != set(self.model):
+            raise ValueError(
+                f"the plan is for the components {', '.join(sorted(self.model))}, the pipeline "
+                f"has {', '.join(sorted(came))}; search a plan for this model"
+            )
+        for component, expected in self.model.items():
+            difference = expected.difference(came[component])
+            if difference is not None:
+                raise ValueError(
+                    f"the plan is for another model: {component}.{difference}; "
+                    "search a plan for this model"
+                )
+        unknown = set(self.assignment) - set(layer_paths(pipe))
+        if unknown:
+            raise ValueError(
+                f"the plan names {min(unknown)}, which is no self-attention layer of the model; "
+                "search a plan for this model"
+            )
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON and the evidence, hexadecimal."""
+        return plan_file.digest(self._file().model_dump(mode="json"), self.evidence)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the plan into `folder`, which is made if need be; other files in it stay.
+
+        A plan already there is replaced only once the new files are complete.
+        """
+        plan_file.write(Path(folder), self._file(), self.evidence)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> Self:
+        """Read a plan from a folder, or from the Hugging Face Hub (`"user/name"`).
+
+        Raises:
+            ValueError: one line that says what is wrong with the plan and what to do.
+        """
+        folder = plan_file.locate(folder_or_hub_id, revision)
+        file, evidence = plan_file.read(folder)
+        try:
+            patterns = [pattern_from_dict(entry) for entry in file.patterns]
+            return cls(
+                model={
+                    component: ModelFingerprint(**entry.model_dump())
+                    for component, entry in file.model.items()
+                },
+                assignment={
+                    path: tuple(patterns[index] for index in indices)
+                    for path, indices in file.assignment.items()
+                },
+                schedule=Schedule(**file.schedule.model_dump()),
+                grid=file.grid,
+                block=file.block,
+                provenance=file.provenance,
+                evidence=evidence,
+            )
+        except IndexError as error:
+            raise ValueError(
+                f"{folder}: a layer names a pattern beyond the table of {len(file.patterns)}; "
+                "copy the plan again"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+    def push_to_hub(self, hub_id: str, *, private: bool | None = None) -> str:
+        """Upload the plan to the Hub as a model repository; returns the address of the commit."""
+        api = HfApi()
+        repository = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+    def _file(self) -> PlanFile:
+        table = {
+            pattern: index
+            for index, pattern in enumerate(
+                dict.fromkeys(chain.from_iterable(self.assignment.values()))
+            )
+        }
+        return PlanFile(
+            model={
+                component: ModelEntry(**asdict(fingerprint))
+                for component, fingerprint in self.model.items()
+            },
+            schedule=ScheduleEntry(**asdict(self.schedule)),
+            grid=self.grid,
+            block=self.block,
+            patterns=[pattern_to_dict(pattern) for pattern in table],
+            assignment={
+                path: [table[pattern] for pattern in patterns]
+                for path, patterns in self.assignment.items()
+            },
+            provenance=self.provenance,
+            evidence=sorted(self.evidence),
+        )
+
+
+def layer_paths(pipe: Any) -> dict[str, Any]:
+    """The self-attention modules of a pipeline by component and path, in the order they run."""
+    return {
+        f"{component}.{path}": module
+        for component, transformer in transformers_of(pipe).items()
+        for path, module in family_of(transformer).attention_modules(transformer).items()
+    }

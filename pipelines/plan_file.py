@@ -1,0 +1,178 @@
+"""PlanFile: a plan on disk, `plan.json` and `evidence.safetensors` in one folder.
+
+    format, version   "dit_sparse.plan", 1
+    model             {component: {transformer, layers, heads, head_dim, config}}
+    schedule          {dense_first, dense_last}
+    grid              [frames, height, width] of the search, or null
+    block             tokens of a query block and of a key block
+    patterns          [{kind, ...}, ...]      every pattern of the plan once
+    assignment        {layer: [index into patterns for each head]}
+    provenance        how the plan came about
+    evidence          names of the arrays in evidence.safetensors
+    digest            sha256 over all of the above, in canonical form, and the arrays
+
+Nothing here is pickled. The model below is what is checked when a file is parsed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "dit_sparse.plan"
+VERSION = 1
+PLAN, EVIDENCE = "plan.json", "evidence.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(_Strict):
+    """The fingerprint of one transformer."""
+
+    transformer: str
+    layers: PositiveInt
+    heads: PositiveInt
+    head_dim: PositiveInt
+    config: str
+
+
+class ScheduleEntry(_Strict):
+    """The steps that run dense."""
+
+    dense_first: NonNegativeInt
+    dense_last: NonNegativeInt
+
+
+class PlanFile(_Strict):
+    """The content of `plan.json`, without the digest."""
+
+    format: Literal["dit_sparse.plan"] = FORMAT
+    version: Literal[1] = VERSION
+    model: dict[str, ModelEntry]
+    schedule: ScheduleEntry
+    grid: tuple[PositiveInt, PositiveInt, PositiveInt] | None
+    block: PositiveInt
+    patterns: list[dict[str, Any]]
+    assignment: dict[str, list[NonNegativeInt]]
+    provenance: dict[str, Any]
+    evidence: list[str]
+
+
+def digest(document: dict[str, Any], evidence: dict[str, Tensor]) -> str:
+    """sha256 over the canonical JSON of a plan and its arrays, hexadecimal."""
+    hasher = hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+    for name, array in sorted(evidence.items()):
+        hasher.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+        flat = array.detach().cpu().contiguous().reshape(-1)
+        hasher.update(flat.view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def write(folder: Path, file: PlanFile, evidence: dict[str, Tensor]) -> None:
+    """Write both files into `folder`. Nothing there changes before both are complete."""
+    document = file.model_dump(mode="json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as new:
+        plan, arrays = Path(new, PLAN), Path(new, EVIDENCE)
+        text = _readable(document | {"digest": digest(document, evidence)})
+        plan.write_text(text, encoding="utf-8")
+        if evidence:
+            save_file({name: array.contiguous() for name, array in evidence.items()}, arrays)
+        folder.mkdir(exist_ok=True)
+        if evidence:
+            os.replace(arrays, folder / EVIDENCE)
+        os.replace(plan, folder / PLAN)
+    if not evidence:
+        (folder / EVIDENCE).unlink(missing_ok=True)
+
+
+def read(folder: Path) -> tuple[PlanFile, dict[str, Tensor]]:
+    """Read and check both files.
+
+    Raises:
+        ValueError: one line that says what is wrong and what to do.
+    """
+    path = folder / PLAN
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected the JSON file of a plan: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f'{path}: expected "format": "{FORMAT}"; this is not a plan')
+    if isinstance(document.get("version"), int) and document["version"] > VERSION:
+        raise ValueError(
+            f"{path}: the plan is of version {document['version']}, this dit_sparse reads "
+            f"version {VERSION}; upgrade dit_sparse"
+        )
+    stated = document.pop("digest", None)
+    try:
+        file = PlanFile.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: {where}: {first['msg']}; search or save it again") from error
+    evidence = _read_evidence(folder / EVIDENCE, file.evidence)
+    if digest(document, evidence) != stated:
+        raise ValueError(
+            f"{path}: the digest does not match, so the plan or its evidence was changed or "
+            "damaged after it was saved; copy it again, or make the change in Python and save"
+        )
+    return file, evidence
+
+
+def locate(folder_or_hub_id: str | Path, revision: str | None) -> Path:
+    """The folder of a plan; one that is only on the Hugging Face Hub is downloaded first."""
+    folder = Path(folder_or_hub_id)
+    if folder.exists() or isinstance(folder_or_hub_id, Path):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(folder_or_hub_id, revision=revision, allow_patterns=[PLAN, EVIDENCE])
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"no plan at {folder_or_hub_id!r}: there is no such folder, and the Hub has no such "
+            f"plan ({reason}); give the folder of a plan, or a Hub id"
+        ) from error
+
+
+def _read_evidence(path: Path, names: list[str]) -> dict[str, Tensor]:
+    if not names:
+        return {}
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected the arrays of the plan: {error}; copy it") from error
+    if sorted(arrays) != sorted(names):
+        raise ValueError(
+            f"{path}: expected the arrays {sorted(names)}, came {sorted(arrays)}; copy it again"
+        )
+    return arrays
+
+
+def _readable(document: dict[str, Any]) -> str:
+    """JSON with one line per pattern and per layer, so that two plans can be compared."""
+    lines = []
+    for key, value in document.items():
+        if key in ("model", "assignment") and value:
+            entries = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
+            lines.append(f"  {json.dumps(key)}: {{\n" + ",\n".join(entries) + "\n  }")
+        elif key == "patterns":
+            entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
+            lines.append(f"  {json.dumps(key)}: [\n{entries}\n  ]")
+        else:
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
