@@ -253,7 +253,7 @@ def compare(
     from dit_sparse.runs import prepare_folder
 
     asked = _read_prompts(prompts, prompt)
-    plans = {Path(source).name: _plan(source) for source in plan}
+    plans = {_name(source): _plan(source) for source in plan}
     if len(plans) < len(plan):
         raise ValueError("two of the plans have the same folder name; rename one")
     _refuse_existing(out / "comparison.json", overwrite)
@@ -307,7 +307,7 @@ def show(
 
     summary = plan_summary(_plan(plan), None if grid is None else grid_of(grid))
     if summary.grid is not None or figure is not None:
-        target = figure or Path("out") / f"{Path(plan).name}.png"
+        target = figure or Path("out") / f"{_name(plan)}.png"
         prepare_folder(target.parent)
         plot_plan(summary, target)
         say(f"wrote {target}")
@@ -355,6 +355,10 @@ def _plan(source: str | Path) -> "Plan":
     from dit_sparse.pipelines.plan import Plan
 
     return Plan.from_pretrained(source)
+
+
+def _name(source: str) -> str:
+    return Path(source).resolve().name
 
 
 def _read_prompts(file: Path | None, texts: list[str] | None) -> "tuple[Prompt, ...]":

@@ -20,6 +20,7 @@ from dit_sparse.video import replacing, side_by_side, write_preview
 FORMAT = "dit_sparse.comparison"
 VERSION = 1
 DENSE = "dense"
+JOINED = "side-by-side"
 
 PROTOCOL = {
     "seconds": "wall clock of the whole pipeline call: text encoding, denoising, decoding",
@@ -129,8 +130,9 @@ def compare(
     Raises:
         ValueError: a plan does not fit the model, the sizes are refused, or frames hold NaN.
     """
-    if DENSE in plans:
-        raise ValueError(f"no plan may be called {DENSE!r}; rename its folder")
+    for name in (DENSE, JOINED):
+        if name in plans:
+            raise ValueError(f"no plan may be called {name!r}; rename its folder")
     for plan in plans.values():
         check(pipe, settings, plan)
     candidates: dict[str, Plan | None] = {DENSE: None, **plans}
@@ -203,7 +205,7 @@ def write_videos(folder: Path, samples: dict[str, Sample]) -> tuple[Path, ...]:
     videos = {name: made.frames for name, made in samples.items()}
     joined = side_by_side(list(videos.values()), list(labels.values()))
     paths = []
-    for name, frames in {**videos, "side-by-side": joined}.items():
+    for name, frames in {**videos, JOINED: joined}.items():
         paths.append(folder / f"{name}.mp4")
         write_preview(paths[-1], frames, FRAMES_PER_SECOND)
     return tuple(paths)

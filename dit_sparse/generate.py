@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dit_sparse.environment import environment
+from dit_sparse.kernels.backend import BACKENDS
 from dit_sparse.pipelines.hook import SparseAttentionHook, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.prompts import Prompt
@@ -84,6 +85,9 @@ def sample(
 
 def check(pipe: Any, settings: Settings, plan: Plan | None) -> None:
     """Raise ValueError unless the pipeline can make what is asked, and run the plan at it."""
+    names = ("auto", *(backend.name for backend in BACKENDS))
+    if settings.backend not in names:
+        raise ValueError(f"unknown backend {settings.backend!r}; use one of {', '.join(names)}")
     reason = refusal(pipe, settings)
     if reason is not None:
         raise ValueError(reason)

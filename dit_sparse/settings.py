@@ -110,10 +110,11 @@ def refusal(pipe: Any, settings: Settings) -> str | None:
             f"use {below} or {below + every}"
         )
     transformer = pipe.transformer or pipe.transformer_2
-    _, *patch = transformer.config.patch_size
+    patch = transformer.config.patch_size
+    sides = (patch, patch) if isinstance(patch, int) else patch[-2:]
     limit = getattr(transformer.config, "rope_max_seq_len", None)
     for name, size, side in zip(
-        ("height", "width"), (settings.height, settings.width), patch, strict=True
+        ("height", "width"), (settings.height, settings.width), sides, strict=True
     ):
         # WanPipeline's own check asks for multiples of 16, whatever the model's factors are.
         unit = math.lcm(pipe.vae_scale_factor_spatial * side, 16)

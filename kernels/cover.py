@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
-from dit_sparse.kernels.pattern import Pattern
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -61,7 +60,9 @@ class Cover:
                 blocks.grid, blocks.permutation[queries], blocks.permutation[keys]
             )
         listed, _ = _rows(blocks, self.heads[0])
-        return listed[_block_of(blocks.query_offsets)[queries], _block_of(blocks.key_offsets)[keys]]
+        return listed[
+            _block_of(blocks.query_offsets)[queries], _block_of(blocks.key_offsets)[keys]
+        ]
 
 
 def covers(blocks: BlockIndices, prices: Prices, valid_text: int | None = None) -> list[Cover]:
@@ -100,8 +101,7 @@ def _rectangles(
     key_block = _block_of(blocks.key_offsets)
     for row in _joined_rows(blocks, head, prices):
         whole, masked = (
-            _runs(chosen[key_block] & valid)
-            for chosen in (row.whole, row.listed & ~row.whole)
+            _runs(chosen[key_block] & valid) for chosen in (row.whole, row.listed & ~row.whole)
         )
         if whole or masked:
             yield Rectangle(starts[row.first], starts[row.last], whole, masked)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import BlockIndices

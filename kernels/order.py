@@ -31,9 +31,7 @@ class TokenOrder:
 
     def __post_init__(self) -> None:
         if self.kind not in ("raster", "pixel_major", "tile"):
-            raise ValueError(
-                f"order must be raster, pixel_major or tile, got {self.kind!r}"
-            )
+            raise ValueError(f"order must be raster, pixel_major or tile, got {self.kind!r}")
         if (self.kind == "tile") != (self.tile is not None):
             raise ValueError(
                 f"order {self.kind} came with tile={self.tile}; the tile order needs a tile "

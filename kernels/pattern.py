@@ -279,7 +279,9 @@ def pattern_from_dict(data: dict[str, Any]) -> Pattern:
         )
     for name, value in values.items():
         if not _fits(value, known[name].type):
-            raise ValueError(f"{name} of pattern {kind!r} must be {known[name].type}, got {value!r}")
+            raise ValueError(
+                f"{name} of pattern {kind!r} must be {known[name].type}, got {value!r}"
+            )
     try:
         return PATTERNS[kind](
             **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

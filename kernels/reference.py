@@ -1,8 +1,8 @@
 """Reference: the specification of sparse attention, as a dense boolean mask.
 
-    visible[i, j] = j's block is listed for i's block, and the pattern keeps (i, j) if it is tagged
-                    partial, and j is not padded text
-    output = softmax(scale * query key^T where visible) value;   lse = logsumexp of the same
+visible[i, j] = j's block is listed for i's block, and the pattern keeps (i, j) if it is tagged
+                partial, and j is not padded text
+output = softmax(scale * query key^T where visible) value;   lse = logsumexp of the same
 """
 
 import torch

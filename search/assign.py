@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BISECTIONS = 100
+BISECTIONS = 64
 SLACK = 1e-9
 
 

@@ -16,7 +16,8 @@ from dit_sparse.kernels.pattern import Columns
 from dit_sparse.search.rows import row_weights
 from dit_sparse.search.space import LADDER
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**28
+"""Attention weights held at a time."""
 
 
 def column_counts(grid: TokenGrid, block: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from dit_sparse.search.rows import row_weights
 Metric = Literal["relative", "mse", "sum_d"]
 Masks = Callable[[slice], Iterable[Tensor]]
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**28
 """Attention weights held at a time; the masked copy takes as much again."""
 
 

@@ -54,12 +54,13 @@ def candidates(grid: TokenGrid, block: int) -> tuple[Candidate, ...]:
         block: tokens of a block of queries and of keys.
 
     Returns:
-        Different patterns, full and skip first.
+        Different patterns, full and skip first; none but full costs as much as full.
     """
     plain = replace(grid, valid_text=None)
     bands = (Band.of_density(d, plain, axis) for axis in AXIS_ORDERS for d in LADDER)
     patterns = dict.fromkeys((Full(), Skip(), *bands, *_neighborhoods(plain)))
-    return tuple(Candidate(pattern, cost(pattern, plain, block)) for pattern in patterns)
+    priced = [Candidate(pattern, cost(pattern, plain, block)) for pattern in patterns]
+    return tuple(c for c in priced if c.cost < 1 or c.pattern == Full())
 
 
 @cache

@@ -21,12 +21,12 @@ CALL: dict[str, Any] = {
     "num_inference_steps": 4,
     "guidance_scale": 5.0,
     "max_sequence_length": 16,
-    "output_type": "pt",
+    "output_type": "latent",
 }
 
 
 def generate(pipe: Any, **changes: Any) -> Tensor:
-    """The frames of one generation from a fixed seed; `changes` to the arguments of the call."""
+    """The latents of one generation from a fixed seed; `changes` to the arguments of the call."""
     generator = torch.Generator().manual_seed(0)
     return pipe(generator=generator, **(CALL | changes)).frames
 

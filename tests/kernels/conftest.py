@@ -9,7 +9,7 @@ from torch import Tensor
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def masked_attention() -> Attention:
     """(query, key, value, visible) -> (output, lse); visible bool, broadcast to `[b, h, i, j]`."""
 
@@ -27,7 +27,7 @@ def masked_attention() -> Attention:
     return attend
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def operands() -> Callable[..., list[Tensor]]:
     """(tokens, heads, head_dim, batch, spread, dtype, seed) -> query, key, value."""
 

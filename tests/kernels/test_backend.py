@@ -2,15 +2,16 @@ import re
 
 import pytest
 import torch
+
 from dit_sparse.kernels import backend
 from dit_sparse.kernels.backend import BACKENDS, AttentionCall, Backend, choose
-from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.blocks import block_indices, from_block_mask
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full
 
 
-def call_on(device: str, grid: TokenGrid | None = None) -> AttentionCall:
-    grid = grid or TokenGrid(1, 2, 2)
+def call_on(device: str) -> AttentionCall:
+    grid = TokenGrid(1, 2, 2)
     tensor = torch.empty(1, grid.tokens, 1, 8, device=device)
     return AttentionCall(tensor, tensor, tensor, block_indices([Full()], grid), 1.0)
 
@@ -50,6 +51,11 @@ def test_auto_prints_every_refusal(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_reference_refuses_masks_that_are_too_large():
-    call = call_on("meta", TokenGrid(1, 1, 16385))
+    grid = TokenGrid(1, 1, 16385)
+    tensor = torch.empty(1, grid.tokens, 1, 8, device="meta")
+    blocks = from_block_mask(
+        torch.ones(1, 1, 1, dtype=torch.bool), grid, block_q=grid.tokens, block_k=grid.tokens
+    )
+    call = AttentionCall(tensor, tensor, tensor, blocks, 1.0)
     with pytest.raises(ValueError, match="16385 tokens need a dense mask; at most 16384"):
         choose(call, "reference")

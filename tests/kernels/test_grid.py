@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+
 from dit_sparse.kernels.grid import TokenGrid
 
 
@@ -11,7 +12,7 @@ def test_counts_and_text_of_a_prefix_grid():
     assert str(grid) == "226+13x30x45"
 
 
-@pytest.mark.parametrize("before, after", [(0, 0), (3, 0), (0, 5), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 0), (0, 5), (2, 4)])
 def test_coordinates_enumerate_the_grid_and_mark_text(before: int, after: int):
     grid = TokenGrid(2, 3, 5, before, after)
     expected = [(-1, -1, -1)] * before
@@ -22,7 +23,7 @@ def test_coordinates_enumerate_the_grid_and_mark_text(before: int, after: int):
 
 
 @pytest.mark.parametrize(
-    "grid, valid, padding",
+    ("grid", "valid", "padding"),
     [
         (TokenGrid(1, 2, 2, text_before=3), 1, [1, 2]),
         (TokenGrid(1, 2, 2, text_after=3), 1, [5, 6]),
@@ -36,7 +37,7 @@ def test_invalid_text_is_the_end_of_the_text(grid: TokenGrid, valid: int, paddin
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"frames": 0}, "frames must be at least 1, got 0"),
         ({"text_after": -2}, "text_after must not be negative, got -2; use 0"),

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+
 from dit_sparse.kernels.merge import merge
 
 
@@ -46,7 +47,8 @@ def test_G3_no_keys_at_all_give_zero_and_no_nan():
     (output, lse), (other, _) = random_parts(2)
     nothing = torch.full_like(lse, -torch.inf)
     merged, total = merge([(output, nothing), (other, nothing)])
-    assert not merged.any() and (total == -torch.inf).all()
+    assert not merged.any()
+    assert (total == -torch.inf).all()
 
 
 @pytest.mark.parametrize("level", [1e4, -1e4])
@@ -63,7 +65,8 @@ def test_half_precision_outputs_are_summed_in_the_dtype_of_the_lse():
     parts = [(output.bfloat16(), lse) for output, lse in random_parts(3, torch.float32)]
     output, lse = merge(parts)
     exact, _ = merge([(output.double(), lse.double()) for output, lse in parts])
-    assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert output.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
     assert torch.equal(output, exact.bfloat16())
 
 

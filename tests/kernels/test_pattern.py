@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import pixel_major, raster
 from dit_sparse.kernels.pattern import (
@@ -78,7 +79,7 @@ def test_GN1_every_window_stride_and_dilation_of_short_axes():
 
 
 @pytest.mark.parametrize(
-    "length, window, stride, expected",
+    ("length", "window", "stride", "expected"),
     [
         (7, 4, 3, [(0, 3)] * 3 + [(2, 5)] * 3 + [(3, 6)]),
         (7, 4, 4, [(0, 3)] * 4 + [(3, 6)] * 3),
@@ -111,9 +112,7 @@ def test_GN3_limits_of_the_window(length: int):
 def test_GN4_a_neighborhood_is_the_and_of_its_axes(pattern: Neighborhood, grid: TokenGrid):
     axes = [
         natten_axis(*axis)
-        for axis in zip(
-            grid.shape, pattern.window, pattern.stride, pattern.dilation, strict=True
-        )
+        for axis in zip(grid.shape, pattern.window, pattern.stride, pattern.dilation, strict=True)
     ]
     places: list[tuple[int, ...] | None] = [None] * grid.text_before
     places += itertools.product(*map(range, grid.shape))
@@ -176,12 +175,13 @@ def test_SV1_text_rows_and_columns_are_full_unless_skipped(pattern: Pattern, gri
     text = torch.ones(grid.tokens, dtype=torch.bool)
     text[grid.text_before : grid.text_before + grid.video] = False
     expected = not isinstance(pattern, Skip)
-    assert (mask[text] == expected).all() and (mask[:, text] == expected).all()
+    assert (mask[text] == expected).all()
+    assert (mask[:, text] == expected).all()
 
 
 def test_SV1_columns_are_seen_by_every_query():
     grid = TokenGrid(3, 4, 5, text_before=2)
-    expected = [2 + key for key in [*range(0, 8), *range(24, 32)]]
+    expected = [2 + key for key in [*range(8), *range(24, 32)]]
     for row in Columns((0, 3), 8, (3, 4, 5)).mask(grid)[2:]:
         assert row.nonzero()[:, 0].tolist() == [0, 1, *expected]
 
@@ -198,8 +198,10 @@ def test_pairs_of_any_tokens_agree_with_the_mask(pattern: Pattern, grid: TokenGr
 
 
 def test_patterns_name_the_order_that_suits_them():
-    assert Band(3).order == raster() and Band(3, "pixel_major").order == pixel_major()
-    assert Full().order is None and Skip().order is None
+    assert Band(3).order == raster()
+    assert Band(3, "pixel_major").order == pixel_major()
+    assert Full().order is None
+    assert Skip().order is None
     assert str(Neighborhood((3, 3, 3)).order) == "tile 4x4x4"
 
 
@@ -225,7 +227,7 @@ def test_every_kind_is_known():
 
 
 @pytest.mark.parametrize(
-    "data, message",
+    ("data", "message"),
     [
         ({"kind": "spiral"}, "unknown pattern kind 'spiral'; this version knows full, skip, band"),
         ({}, "unknown pattern kind None"),
@@ -243,7 +245,7 @@ def test_wrong_json_is_named(data: dict[str, object], message: str):
 
 
 @pytest.mark.parametrize(
-    "build, message",
+    ("build", "message"),
     [
         (lambda: Band(1, "tile"), "axis_order must be 'raster' or 'pixel_major', got 'tile'"),
         (lambda: Band.of_density(0.0, GRIDS[0]), "density must be in (0, 1], got 0.0"),

@@ -1,4 +1,4 @@
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -37,7 +37,9 @@ def hull_steps(error: Tensor, cost: Tensor) -> list[float]:
     for errors, costs in zip(error.tolist(), cost.tolist(), strict=True):
         at = min(range(CANDIDATES), key=lambda c: (costs[c], errors[c]))
         while True:
-            right = [c for c in range(CANDIDATES) if costs[c] > costs[at] and errors[c] < errors[at]]
+            right = [
+                c for c in range(CANDIDATES) if costs[c] > costs[at] and errors[c] < errors[at]
+            ]
             if not right:
                 break
             then = max(right, key=lambda c: (errors[at] - errors[c]) / (costs[c] - costs[at]))
@@ -65,12 +67,12 @@ def test_SV5_most_toys_are_solved_to_within_a_tenth() -> None:
     assert sorted(gaps)[30] < 0.1
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_SV5_error_never_rises_with_the_budget(seed: int) -> None:
     error, cost = toy(seed)
-    limits = torch.linspace(0.01, 1, 200).tolist()
+    limits = torch.linspace(0.01, 1, 60).tolist()
     errors = [picked(error, assign(error, cost, limit)) for limit in limits]
-    assert all(later <= before + 1e-12 for before, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= before + 1e-12 for before, later in pairwise(errors))
     assert errors[-1] == 0
 
 

@@ -7,7 +7,7 @@ from dit_sparse.search import columns as module
 from dit_sparse.search.columns import column_counts, column_mass, columns, columns_cost
 
 
-@pytest.mark.parametrize("chunk", [1, 2**23], ids=["row-by-row", "at-once"])
+@pytest.mark.parametrize("chunk", [1, 2**28], ids=["row-by-row", "at-once"])
 @pytest.mark.parametrize(
     "grid", [TokenGrid(2, 5, 5), TokenGrid(2, 5, 5, 3, 0, (1, 3))], ids=["video", "padded-text"]
 )

@@ -67,7 +67,7 @@ def brute(
 @pytest.mark.parametrize("padded", [False, True], ids=["all-valid", "padding"])
 @pytest.mark.parametrize("projected", [False, True], ids=["plain", "through-wo"])
 @pytest.mark.parametrize("metric", ["relative", "mse", "sum_d"])
-@pytest.mark.parametrize("chunk", [1, 2**23], ids=["row-by-row", "at-once"])
+@pytest.mark.parametrize("chunk", [1, 2**28], ids=["row-by-row", "at-once"])
 def test_error_is_the_definition(
     metric: Metric, projected: bool, padded: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

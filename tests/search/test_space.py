@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ GRIDS = [
     TokenGrid(1, 16, 16, text_before=4),
     TokenGrid(1, 1, 3),
 ]
+LARGE = TokenGrid(7, 12, 16)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -22,6 +25,7 @@ def test_candidates_are_different_usable_and_priced(grid: TokenGrid) -> None:
     assert patterns[:2] == [Full(), Skip()]
     assert [candidate.cost for candidate in found[:2]] == [1.0, 0.0]
     assert len(set(patterns)) == len(patterns)
+    assert all(candidate.cost < 1 for candidate in found[1:])
     for candidate in found:
         assert candidate.pattern.refusal(grid) is None
         density = block_indices((candidate.pattern,), grid, block_q=16, block_k=16).density()
@@ -29,22 +33,23 @@ def test_candidates_are_different_usable_and_priced(grid: TokenGrid) -> None:
 
 
 def test_every_kind_has_a_ladder() -> None:
-    patterns = [candidate.pattern for candidate in candidates(TokenGrid(15, 16, 16), 64)]
+    patterns = [candidate.pattern for candidate in candidates(LARGE, 64)]
     bands = [pattern for pattern in patterns if isinstance(pattern, Band)]
     for axis_order in ("raster", "pixel_major"):
         assert sum(band.axis_order == axis_order for band in bands) == len(LADDER)
     boxes = [pattern for pattern in patterns if isinstance(pattern, Neighborhood)]
-    flat_in_time = [box for box in boxes if box.window[0] < 15 and box.window[1:] == (16, 16)]
-    flat_in_space = [box for box in boxes if box.window[0] == 15 and max(box.window[1:]) < 16]
-    cubes = [box for box in boxes if box.window[0] < 15 and max(box.window[1:]) < 16]
-    assert min(len(flat_in_time), len(flat_in_space), len(cubes)) >= 3
-    costs = sorted(cost(box, TokenGrid(15, 16, 16), 64) for box in boxes)
-    assert costs[0] < 0.08
-    assert max(later - before for before, later in zip(costs, costs[1:], strict=False)) < 0.2
+    whole = [tuple(map(int.__eq__, box.window, LARGE.shape)) for box in boxes]
+    flat_in_time = whole.count((False, True, True))
+    flat_in_space = whole.count((True, False, False))
+    cubes = whole.count((False, False, False))
+    assert min(flat_in_time, flat_in_space, cubes) >= 2
+    costs = sorted(cost(box, LARGE, 64) for box in boxes)
+    assert costs[0] < 0.1
+    assert max(later - before for before, later in pairwise(costs)) < 0.2
 
 
 def test_a_box_is_as_large_as_the_tiles_it_touches_allow() -> None:
-    grid = TokenGrid(15, 16, 16)
+    grid = LARGE
     for candidate in candidates(grid, 64):
         box = candidate.pattern
         if not isinstance(box, Neighborhood):

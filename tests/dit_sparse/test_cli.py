@@ -1,0 +1,240 @@
+"""The command line: what goes where, and one clear line for everything a user can mend."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dit_sparse.cli import main
+from dit_sparse.pipelines.plan import Plan
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line; returns exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dit-sparse", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def test_generate_prints_json_and_skips_the_second_time(
+    run: Run, model: Path, plans: dict[str, Path], tmp_path: Path
+) -> None:
+    command = ("generate", "--model", model, "--prompt", "a cat", "--plan", plans["band"])
+    command += ("--out", tmp_path, "--json")
+    code, out, _ = run(*command)
+    (made,) = json.loads(out)["runs"]
+    assert (code, made["state"]) == (0, "made")
+    settings = json.loads((Path(made["folder"]) / "run.json").read_text())["request"]["settings"]
+    assert (settings["height"], settings["frames"], settings["steps"]) == (64, 9, 3)
+    code, out, _ = run(*command)
+    assert (code, json.loads(out)["runs"][0]["state"]) == (0, "skipped")
+
+
+def test_compare_prints_a_table_and_does_not_overwrite(
+    run: Run, model: Path, plans: dict[str, Path], tmp_path: Path
+) -> None:
+    command = ("compare", "--model", model, "--prompt", "a cat", "--plan", plans["band"])
+    command += ("--out", tmp_path, "--steps", 2, "--frames", 5)
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "band" in out
+    assert "PSNR dB" in out
+    before = (tmp_path / "comparison.json").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "0001").iterdir()) == [
+        "band.mp4",
+        "dense.mp4",
+        "side-by-side.mp4",
+    ]
+    code, _, err = run(*command)
+    assert code == 1
+    assert "comparison.json is there already" in err
+    assert (tmp_path / "comparison.json").read_bytes() == before
+
+
+def test_search_writes_a_plan_that_show_draws_and_from_solves_again(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    found = tmp_path / "found"
+    code, out, err = run(
+        "search", "--model", model, "--prompts", prompts, "--budget", "density=0.6",
+        "--block", 8, "--dense-first", 1, "--out", found, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["density"]["block"] <= 0.6
+    assert Plan.from_pretrained(found).schedule.dense_first == 1
+
+    picture = tmp_path / "plan.png"
+    code, out, _ = run("show", found, "--figure", picture)
+    assert code == 0
+    assert "transformer.blocks.1.attn1" in out
+    assert picture.is_file()
+
+    again = tmp_path / "again"
+    code, out, err = run(
+        "search", "--from", found, "--budget", "density=0.3", "--out", again, "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["density"]["block"] <= 0.3
+
+
+def test_demo_leaves_its_files(
+    run: Run, model: Path, plans: dict[str, Path], tmp_path: Path
+) -> None:
+    code, out, err = run(
+        "demo", "--model", model, "--plan", plans["band"], "--out", tmp_path, "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["plans"][0]["name"] == "sparse"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "comparison.json",
+        "dense.mp4",
+        "side-by-side.mp4",
+        "sparse.mp4",
+    ]
+
+
+def test_env_is_one_json_object(run: Run) -> None:
+    code, out, _ = run("env", "--json")
+    assert code == 0
+    assert {"machine", "packages", "backends"} <= set(json.loads(out))
+
+
+def test_env_is_a_block_to_paste(run: Run) -> None:
+    code, out, _ = run("env")
+    assert code == 0
+    assert "torch" in out
+    assert "reference" in out
+
+
+def corrupted(plan: Path, folder: Path, change: Callable[[str], str]) -> Path:
+    folder.mkdir()
+    for path in plan.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    file = folder / "plan.json"
+    file.write_text(change(file.read_text()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--plan", "{other}", "the plan is for another model"),
+        ("--plan", "{edited}", "plan.json"),
+        ("--plan", "{torn}", "plan.json"),
+        ("--plan", "{newer}", "version"),
+        ("--plan", "{nowhere}", "nowhere"),
+        ("--frames", "10", "10 frames: the model makes 4 k + 1 frames; use 9 or 13"),
+        ("--height", "70", "height 70: the model makes multiples of 16 pixels; use 64 or 80"),
+        ("--prompts", "{broken}", "broken.jsonl:2: prompt: Field required"),
+        ("--prompts", "{escaping}", "escaping.jsonl:1: id '../x' cannot name a folder"),
+        ("--prompts", "{nowhere}", "nowhere"),
+        ("--out", "{file}/out", "cannot write to"),
+        ("--model", "{nowhere}", "nowhere"),
+        ("--model", "{empty}", "model_index.json"),
+        ("--dtype", "int7", "dtype 'int7' is unknown"),
+        ("--dtype", "float16", "float16 is unusable on a CPU"),
+        ("--device", "warp", "device 'warp' is unknown"),
+        ("--backend", "magic", "unknown backend 'magic'"),
+    ],
+    ids=lambda value: value[:20],
+)
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_bad_input_is_one_line_and_writes_nothing(
+    run: Run,
+    model: Path,
+    plans: dict[str, Path],
+    tmp_path: Path,
+    command: str,
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"id": "x"}\n')
+    (tmp_path / "escaping.jsonl").write_text('{"prompt": "a", "id": "../x"}\n')
+    band = plans["band"]
+    places = {
+        "other": plans["other"],
+        "edited": corrupted(band, tmp_path / "edited", lambda t: t.replace("6", "7")),
+        "torn": corrupted(band, tmp_path / "torn", lambda t: t[: len(t) // 2]),
+        "newer": corrupted(
+            band, tmp_path / "newer", lambda t: t.replace('"version": 1', '"version": 2')
+        ),
+        "nowhere": tmp_path / "nowhere",
+        "broken": tmp_path / "broken.jsonl",
+        "escaping": tmp_path / "escaping.jsonl",
+        "file": tmp_path / "file",
+        "empty": empty,
+    }
+    options = {"--model": model, "--plan": band, "--out": tmp_path / "out", "--prompt": "a"}
+    options[option] = value.format(**places)
+    if "--prompts" in options:
+        del options["--prompt"]
+    code, out, err = run(command, *(part for pair in options.items() for part in pair))
+    assert code == 1
+    (line,) = errors(err)
+    assert message in line
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--out", "x", "--prompt", "a"],
+        ["generate", "--model", "m", "--out", "x"],
+        ["generate", "--model", "m", "--out", "x", "--prompt", "a", "--prompts", "f"],
+        ["generate", "--model", "m", "--out", "x", "--prompt", "a", "--steps", "0"],
+        ["search", "--budget", "density=0.3", "--out", "x"],
+        ["search", "--budget", "density=0.3", "--out", "x", "--from", "p", "--model", "m"],
+        ["show", "{plan}", "--grid", "15x16"],
+        ["frobnicate"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_two(
+    run: Run, plans: dict[str, Path], tmp_path: Path, arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*(part.format(plan=plans["band"]) for part in arguments))
+    assert code == 2
+    assert err
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("budget", ["density=0", "density=1.5", "density", "speed=3", "density=x"])
+def test_bad_budget_is_one_line(run: Run, tmp_path: Path, budget: str) -> None:
+    out = tmp_path / "out"
+    code, _, err = run("search", "--model", "m", "--budget", budget, "--out", out)
+    assert code == 1
+    assert len(errors(err)) == 1
+    assert not out.exists()
+
+
+def test_demo_without_samples_says_what_to_do(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("demo", "--model", tmp_path / "none", "--out", tmp_path / "out")
+    assert code == 1
+    assert "give --model DIR" in err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,93 @@
+"""PlanSummary and its picture: densities head by head, at one grid or another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from dit_sparse.pipelines.fingerprint import ModelFingerprint
+from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.plan_summary import plan_summary
+from dit_sparse.plots import plot_plan
+
+GRID = (3, 4, 4)
+COLUMNS = Columns((0, 2), block=8, grid=GRID)
+HEADS: dict[str, tuple[Pattern, ...]] = {
+    "transformer.blocks.0.attn1": (Full(), Skip()),
+    "transformer.blocks.1.attn1": (Band(6), Neighborhood((1, 3, 3))),
+    "transformer.blocks.2.attn1": (Full(), COLUMNS),
+}
+PLAN = Plan(
+    {"transformer": ModelFingerprint("WanTransformer3DModel", 3, 2, 12, "0" * 64)},
+    HEADS,
+    Schedule(2, 1),
+    GRID,
+    block=8,
+    provenance={"predicted": {"error": 0.25}},
+)
+
+
+def test_shares_and_densities() -> None:
+    summary = plan_summary(PLAN)
+    assert summary.patterns["full"] == pytest.approx(2 / 6)
+    assert sum(summary.patterns.values()) == pytest.approx(1)
+    first, second, third = summary.layers.values()
+    assert [head.density for head in first] == [1.0, 0.0]
+    assert third[1].density == pytest.approx(2 / 6)
+    assert [head.kind for head in second] == ["band", "neighborhood"]
+
+    # The definition of each pattern counts its pairs.
+    every = [pattern for heads in HEADS.values() for pattern in heads]
+    kept = [pattern.mask(TokenGrid(*GRID)).double().mean().item() for pattern in every]
+    assert summary.density is not None
+    assert summary.density["element"] == pytest.approx(sum(kept) / 6)
+    blocks = [head.density or 0.0 for row in summary.layers.values() for head in row]
+    assert summary.density["block"] == pytest.approx(sum(blocks) / 6)
+
+
+def test_dictionary_has_the_names_of_the_contract() -> None:
+    content = plan_summary(PLAN).to_dict()
+    assert {"model", "heads", "patterns", "density", "predicted"} <= set(content)
+    assert content["predicted"] == {"error": 0.25}
+    assert content["schedule"] == {"dense_first": 2, "dense_last": 1}
+
+
+def test_another_grid_gives_other_densities() -> None:
+    analytic = {path: (Band(6), Full()) for path in HEADS}
+    here, there = (plan_summary(replace(PLAN, assignment=analytic), g) for g in (None, (6, 8, 8)))
+    assert here.density is not None
+    assert there.density is not None
+    assert there.density["element"] < here.density["element"]
+
+
+def test_grid_that_a_pattern_refuses_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"columns 2/6 refuses the grid"):
+        plan_summary(PLAN, (3, 4, 5))
+
+
+def test_without_a_grid_there_is_no_density() -> None:
+    uniform = replace(PLAN, grid=None, assignment=dict.fromkeys(HEADS, (Full(), Full())))
+    summary = plan_summary(uniform)
+    assert summary.density is None
+    assert summary.layers["transformer.blocks.0.attn1"][0].density is None
+
+
+def test_heat_map_shows_density_as_color(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.png"
+    plot_plan(plan_summary(PLAN), path)
+    with Image.open(path) as image:
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    seen = {color for _, color in colors}
+    # The ends of the color map: a full head and a skipped one.
+    assert {(253, 231, 36), (68, 1, 84)} <= seen
+    assert [entry.name for entry in path.parent.iterdir()] == ["plan.png"]
+
+
+def test_heat_map_needs_a_grid(tmp_path: Path) -> None:
+    uniform = replace(PLAN, grid=None, assignment=dict.fromkeys(HEADS, (Full(), Full())))
+    with pytest.raises(ValueError, match="give one: --grid"):
+        plot_plan(plan_summary(uniform), tmp_path / "plan.png")
