@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dit_sparse.pipelines.load import load_pipeline
-from dit_sparse.settings import Settings, model_defaults, settings_for
+from dit_sparse.settings import Settings, check_dtype, model_defaults, settings_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ def open_session(model: str | Path, **asked: Any) -> Session:
     _check_device(device)
     usual = "bfloat16" if device.startswith("cuda") else "float32"
     dtype = asked.get("dtype") or defaults.get("dtype", usual)
+    check_dtype(dtype)
     if dtype == "float16" and device == "cpu":
         raise ValueError("float16 is unusable on a CPU; use --dtype float32 or bfloat16")
     pipe = load_pipeline(model, getattr(torch, dtype), device)

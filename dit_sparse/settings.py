@@ -34,10 +34,13 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is outside 0 ... 2**63 - 1")
-        if self.dtype not in get_args(Dtype):
-            raise ValueError(
-                f"dtype {self.dtype!r} is unknown; use one of {', '.join(get_args(Dtype))}"
-            )
+        check_dtype(self.dtype)
+
+
+def check_dtype(name: str) -> None:
+    """Raise ValueError unless it is the name of an arithmetic that can be asked for."""
+    if name not in get_args(Dtype):
+        raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(get_args(Dtype))}")
 
 
 class _Generation(BaseModel):

@@ -42,27 +42,12 @@ class Rectangle:
     masked: Runs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Cover:
     """The rectangles of the `heads` that share one list of blocks."""
 
-    blocks: BlockIndices
     heads: tuple[int, ...]
     rectangles: tuple[Rectangle, ...]
-
-    def visible(self, rectangle: Rectangle) -> Tensor:
-        """Which of the masked pairs of `rectangle` to keep, bool `[queries, masked keys]`."""
-        blocks = self.blocks
-        queries = torch.arange(rectangle.first, rectangle.last)[:, None]
-        keys = torch.cat([torch.arange(*run) for run in rectangle.masked])[None, :]
-        if blocks.patterns:
-            return blocks.patterns[self.heads[0]].pairs(
-                blocks.grid, blocks.permutation[queries], blocks.permutation[keys]
-            )
-        listed, _ = _rows(blocks, self.heads[0])
-        return listed[
-            _block_of(blocks.query_offsets)[queries], _block_of(blocks.key_offsets)[keys]
-        ]
 
 
 def covers(blocks: BlockIndices, prices: Prices, valid_text: int | None = None) -> list[Cover]:
@@ -78,9 +63,21 @@ def covers(blocks: BlockIndices, prices: Prices, valid_text: int | None = None) 
         valid[blocks.grid.invalid_text(valid_text)] = False
     valid = valid[blocks.permutation]
     return [
-        Cover(blocks, tuple(heads), tuple(_rectangles(blocks, heads[0], prices, valid)))
+        Cover(tuple(heads), tuple(_rectangles(blocks, heads[0], prices, valid)))
         for heads in sharing.values()
     ]
+
+
+def visible(blocks: BlockIndices, head: int, rectangle: Rectangle) -> Tensor:
+    """Which of the masked pairs of `rectangle` to keep, bool `[queries, masked keys]`."""
+    queries = torch.arange(rectangle.first, rectangle.last)[:, None]
+    keys = torch.cat([torch.arange(*run) for run in rectangle.masked])[None, :]
+    if blocks.patterns:
+        return blocks.patterns[head].pairs(
+            blocks.grid, blocks.permutation[queries], blocks.permutation[keys]
+        )
+    listed, _ = _rows(blocks, head)
+    return listed[_block_of(blocks.query_offsets)[queries], _block_of(blocks.key_offsets)[keys]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
-from dit_sparse.kernels.cover import Cover, Prices, Rectangle, Runs, covers
+from dit_sparse.kernels.cover import Cover, Prices, Rectangle, Runs, covers, visible
 from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.order import raster
 
@@ -70,11 +70,11 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
             prices = _PRICES.get(dtype, _FLOAT_PRICES)
             prepared.covers[name] = covers(call.blocks, prices, valid)
         for cover in prepared.covers[name]:
-            operands = (
+            query, key, value = (
                 _select(_select(x, 0, samples), 2, cover.heads)
                 for x in (call.query, call.key, call.value)
             )
-            out, sums = _attend(*operands, cover, prepared, call.scale)
+            out, sums = _attend(query, key, value, call.blocks, cover, prepared, call.scale)
             rows = torch.tensor(samples)[:, None], torch.tensor(cover.heads)
             output.transpose(1, 2)[rows] = out.transpose(1, 2)
             lse[rows] = sums
@@ -88,13 +88,18 @@ def _select(tensor: Tensor, axis: int, indices: Sequence[int]) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, cover: Cover, prepared: _Prepared, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockIndices,
+    cover: Cover,
+    prepared: _Prepared,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the heads of one cover; operands and results as those of `run`."""
-    permutation = cover.blocks.permutation
-    moved = cover.blocks.order != raster()
+    moved = blocks.order != raster()
     if moved:
-        query, key, value = (x.index_select(1, permutation) for x in (query, key, value))
+        query, key, value = (x.index_select(1, blocks.permutation) for x in (query, key, value))
     output = torch.zeros(query.shape, dtype=query.dtype)
     lse = torch.full(
         (query.shape[0], query.shape[2], query.shape[1]),
@@ -106,7 +111,7 @@ def _attend(
         parts = []
         for runs, bias in (
             (rectangle.whole, None),
-            (rectangle.masked, _bias(cover, rectangle, prepared, query.dtype)),
+            (rectangle.masked, _bias(blocks, cover.heads[0], rectangle, prepared, query.dtype)),
         ):
             if runs:
                 out, sums = _flash(
@@ -120,8 +125,8 @@ def _attend(
                 parts.append((out.transpose(1, 2), sums))
         output[:, queries], lse[:, :, queries] = merge(parts) if bias is not None else parts[0]
     if moved:
-        output = torch.empty_like(output).index_copy_(1, permutation, output)
-        lse = torch.empty_like(lse).index_copy_(2, permutation, lse)
+        output = torch.empty_like(output).index_copy_(1, blocks.permutation, output)
+        lse = torch.empty_like(lse).index_copy_(2, blocks.permutation, lse)
     return output, lse
 
 
@@ -131,7 +136,11 @@ def _gather(tensor: Tensor, runs: Runs) -> Tensor:
 
 
 def _bias(
-    cover: Cover, rectangle: Rectangle, prepared: _Prepared, dtype: torch.dtype
+    blocks: BlockIndices,
+    head: int,
+    rectangle: Rectangle,
+    prepared: _Prepared,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """0 where a pair is kept, a huge negative number where not; kept between calls."""
     if not rectangle.masked:
@@ -140,8 +149,8 @@ def _bias(
     if bias is None:
         # Half precision cannot hold the number; PyTorch adds a float32 mask to it as well.
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        visible = cover.visible(rectangle)
-        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, _HIDDEN)
+        kept = visible(blocks, head, rectangle)
+        bias = torch.zeros(kept.shape, dtype=dtype).masked_fill_(~kept, _HIDDEN)
         if prepared.mask_bytes + bias.nbytes <= _KEPT_MASK_BYTES:
             prepared.mask_bytes += bias.nbytes
             prepared.masks[rectangle] = bias

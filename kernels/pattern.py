@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -165,8 +166,8 @@ class Columns(_Definition):
         if grid.shape == self.grid:
             return None
         return (
-            f"{self} was chosen on grid {_by(self.grid)} and says nothing about {_by(grid.shape)}; "
-            "search again on this grid"
+            f"{self} was chosen on grid {_by(self.grid)} and says nothing about "
+            f"{_by(grid.shape)}; search again on this grid"
         )
 
     def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
@@ -282,8 +283,9 @@ def pattern_from_dict(data: dict[str, Any]) -> Pattern:
             raise ValueError(
                 f"{name} of pattern {kind!r} must be {known[name].type}, got {value!r}"
             )
+    build = cast(Callable[..., Pattern], PATTERNS[kind])
     try:
-        return PATTERNS[kind](
+        return build(
             **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         )
     except TypeError as error:

@@ -40,12 +40,12 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def element_mask(blocks: BlockIndices, head: int) -> Tensor:
     """The pairs of raster tokens that `blocks` makes `head` see, bool `[tokens, tokens]`."""
-    pattern = blocks.patterns[head].mask(blocks.grid) if blocks.patterns else None
-    visible = torch.zeros(blocks.grid.tokens, blocks.grid.tokens, dtype=torch.bool)
+    everything = torch.ones(blocks.grid.tokens, blocks.grid.tokens, dtype=torch.bool)
+    kept = blocks.patterns[head].mask(blocks.grid) if blocks.patterns else everything
+    visible = torch.zeros_like(everything)
     for row in range(blocks.query_blocks):
         queries = blocks.query_tokens(row)[:, None]
         for key_block, tag in blocks.entries(head, row):
             keys = blocks.key_tokens(key_block)
-            partial = tag == PARTIAL and pattern is not None
-            visible[queries, keys] = pattern[queries, keys] if partial else True
+            visible[queries, keys] = kept[queries, keys] if tag == PARTIAL else True
     return visible

@@ -30,7 +30,7 @@ def load_pipeline(
         )
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=path.exists()
+            str(folder), dtype=dtype, local_files_only=path.exists()
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

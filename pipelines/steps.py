@@ -13,7 +13,7 @@ The branch of classifier-free guidance is the name of that context: `"cond"`, `"
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -35,6 +35,10 @@ class Moment:
     steps: int | None
 
 
+class _NoPipe:
+    """Gone as soon as it is weakly referenced."""
+
+
 class Clock:
     """The clock of one pipeline, shared by its transformers.
 
@@ -50,6 +54,12 @@ class Clock:
         self._seen: dict[str, tuple[int | None, tuple[int, ...]]] = {}
         self._timesteps: Tensor | None = None
         self._generation = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The clock of the copied pipeline; it has none if only its transformer was copied."""
+        twin = type(self)(memo.get(id(self._pipe()), _NoPipe()))
+        memo[id(self)] = twin
+        return twin
 
     def enter(self, name: str, fields: dict[str, Any]) -> None:
         """A pipeline opens the `cache_context` called `name`."""

@@ -3,8 +3,8 @@
     python samples/quality.py search      # once: samples/plans/moving-shapes-d50, -d30, -d20
     python samples/quality.py compare     # samples/quality/comparison.json and table.md
 
-One search serves all densities. A uniform plan runs one pattern on every head; of all candidates of
-the search within the density, the one of least total error is taken, for the two best kinds.
+One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
+of the search within the density, the one of least total error is taken, for the two best kinds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ UNIFORM_KINDS = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("search", "compare"))
     {"search": search, "compare": measure}[parser.parse_args().what]()
 
@@ -74,7 +74,9 @@ def measure() -> None:
             plans[name] = replace(searched, assignment=heads, evidence={})
     session = open_session(MODEL)
     prompts = read_prompts(SAMPLES / "prompts" / "held-out.txt")
-    result = compare(session.pipe, "samples/models/moving-shapes", prompts, session.settings, plans)
+    result = compare(
+        session.pipe, "samples/models/moving-shapes", prompts, session.settings, plans
+    )
     RESULTS.mkdir(exist_ok=True)
     write_comparison(RESULTS, result)
     (RESULTS / "table.md").write_text(table(result))
@@ -96,15 +98,17 @@ def best_uniform(searched: Plan, density: float) -> list[Pattern]:
 def table(result: Comparison) -> str:
     """The comparison as a Markdown table with machine, versions and revision."""
     environment = result.environment
+    machine, packages = environment["machine"], environment["packages"]
     lines = [
         "| plan | block density | PSNR dB | worst | SSIM | speed-up | low – high |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *(_row(plan) for plan in result.plans),
         "",
         f"{len(result.prompts)} held-out prompts, {result.settings.steps} steps, "
-        f"{result.settings.dtype}, dense {result.dense.seconds.median:.1f} s. Block density over all "
-        "self-attention calls, the dense first steps as 1. "
-        f"{environment}",
+        f"{result.settings.dtype}, dense {result.dense.seconds.median:.1f} s. Block density over "
+        "all self-attention calls, the dense first steps as 1. "
+        f"{machine['processor']}, {machine['cores']} cores, torch {packages['torch']}, diffusers "
+        f"{packages['diffusers']}, revision {environment['revision']}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,13 +1,12 @@
-"""Check: does a generated clip show what its prompt says? By rules on pixels, never by a network."""
+"""Check: does a generated clip show what its prompt says? By rules on pixels alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, STEADY_SHARE, Scene
+from torch import Tensor
 
 SATURATED = 0.30
 """Least difference of a pixel's largest and smallest channel for it to belong to a shape."""
@@ -32,9 +31,9 @@ class Verdict:
 def check(clip: Tensor, scene: Scene) -> Verdict:
     """Judge a clip, float [3, frames, height, width] in [0, 1].
 
-    colors: the prompt's colors are there and no other. motion: over the steady part of the clip each
-    color's centroid moves mainly along its named direction. background: the pixels outside every
-    shape lie nearest to the named background's color.
+    colors: the prompt's colors are there and no other. motion: over the steady part of the clip
+    each color's centroid moves mainly along its named direction. background: the pixels outside
+    every shape lie nearest to the named background's color.
     """
     strong = clip.amax(0) - clip.amin(0) > SATURATED
     hue = _hue(clip)
@@ -42,7 +41,8 @@ def check(clip: Tensor, scene: Scene) -> Verdict:
     areas = {color: strong & _near(hue, turn) for color, turn in COLORS.items()}
     shown = {color for color, area in areas.items() if area.float().mean() >= LEAST_AREA}
     motion = all(
-        mover.color in shown and _moves(areas[mover.color], mover.direction) for mover in scene.movers
+        mover.color in shown and _moves(areas[mover.color], mover.direction)
+        for mover in scene.movers
     )
     ground = clip[:, ~strong].mean(1) if bool((~strong).any()) else torch.full((3,), torch.nan)
     nearest = min(
@@ -56,7 +56,9 @@ def _hue(clip: Tensor) -> Tensor:
     red, green, blue = clip
     high, which = clip.max(0)
     span = (high - clip.amin(0)).clamp_min(1e-6)
-    turns = torch.stack(((green - blue) / span % 6, (blue - red) / span + 2, (red - green) / span + 4))
+    turns = torch.stack(
+        ((green - blue) / span % 6, (blue - red) / span + 2, (red - green) / span + 4)
+    )
     return turns.gather(0, which[None])[0] / 6 % 1
 
 

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformer3DModel,
+)
 from einops import rearrange
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
 from moving_shapes.latents import CHANNELS, Components, clips
 from moving_shapes.progress import Progress
 from moving_shapes.scene import Scene, random_scene
 from moving_shapes.text import MAX_LENGTH, WIDTH, embed
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 LAYERS = 6
 HEADS = 3
@@ -45,7 +47,7 @@ class Stage:
 
 CURRICULUM = (
     Stage((13, 32, 32), 16, 8_000, 1.5e-3),
-    Stage((13, 64, 64), 8, 2_240, 1.0e-3),
+    Stage((13, 64, 64), 8, 1_280, 1.0e-3),
     Stage((29, 64, 64), 4, 840, 7e-4),
 )
 
@@ -113,26 +115,30 @@ def train_denoiser(
     components: Components,
     encoder: UMT5EncoderModel,
     tokenizer: PreTrainedTokenizerFast,
-    curriculum: tuple[Stage, ...] = CURRICULUM,
+    curriculum: tuple[Stage, ...],
+    weights: dict[str, Tensor] | None = None,
 ) -> WanTransformer3DModel:
-    """Train through the curriculum and return the averaged weights."""
+    """Train through the curriculum, from `weights` if given, and return the averaged weights."""
     torch.manual_seed(2)
     model = build_denoiser()
+    if weights is not None:
+        model.load_state_dict(weights)
     average = copy.deepcopy(model).requires_grad_(False)
     padded = PaddedOnce()
-    for block in model.blocks:
-        block.attn2.set_processor(padded)
+    for name, module in model.named_modules():
+        if name.endswith("attn2") and isinstance(module, WanAttention):
+            module.set_processor(padded)
     optimizers = _optimizers(model)
-    begin, step = 0, 0
+    begin, done = 0, 0
     if state := progress.load():
         _restore(state, model, average, optimizers)
-        begin, step = state["stage"], state["step"]
+        begin, done = state["stage"], state["step"]
     for index in range(begin, len(curriculum)):
         stage = curriculum[index]
         steps = stage.samples // stage.batch
-        drawn = Latents(components, stage, f"latents {index} {step}")
+        drawn = Latents(components, stage, f"latents {index} {done}")
         losses: list[float] = []
-        for step in range(step + 1, steps + 1):
+        for step in range(done + 1, steps + 1):
             rate = stage.learning_rate * _schedule(step, steps, last=index == len(curriculum) - 1)
             latents, prompts = drawn.draw(stage.batch)
             text, padded.bias = _padded_text(*embed(encoder, tokenizer, prompts))
@@ -140,9 +146,11 @@ def train_denoiser(
             for mean, value in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(value.detach(), 1 - WEIGHT_AVERAGE)
             if step % 25 == 0:
-                progress.log(f"grid {stage.size} step {step}/{steps} loss {_mean(losses[-25:]):.4f}")
+                progress.log(
+                    f"grid {stage.size} step {step}/{steps} loss {_mean(losses[-25:]):.4f}"
+                )
             progress.save(_state(model, average, optimizers, index, step))
-        step = 0
+        done = 0
         progress.save(_state(model, average, optimizers, index + 1, 0), now=True)
     return average.eval()
 
@@ -185,7 +193,7 @@ def _optimizers(model: WanTransformer3DModel) -> tuple[torch.optim.Optimizer, ..
 
 
 def _padded_text(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Text with one zero row more, and the cross-attention bias that lets it stand for all padding."""
+    """Text with one zero row more, and the bias that lets that row stand for all padding."""
     text = torch.nn.functional.pad(text, (0, 0, 0, 1))
     place = torch.arange(text.shape[1])
     bias = torch.zeros(text.shape[:2])

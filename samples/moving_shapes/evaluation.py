@@ -1,19 +1,18 @@
-"""Evaluation: what the finished sample model generates for prompts that it was never trained on."""
+"""Evaluation: what the finished sample model makes of prompts that it was never trained on."""
 
 from __future__ import annotations
 
 import random
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from diffusers import WanPipeline
 from einops import rearrange
-from PIL import Image
-from torch import Tensor
-
 from moving_shapes.check import Verdict, check
 from moving_shapes.scene import Scene, random_scene
+from PIL import Image
+from torch import Tensor
 
 PROMPTS = 60
 SHEET_PROMPTS = 6
@@ -32,24 +31,25 @@ def held_out_scenes(count: int) -> list[Scene]:
     return list(found.values())
 
 
-def generate(pipe: WanPipeline, scene: Scene, arguments: dict[str, object]) -> Tensor:
+def generate(pipe: Any, scene: Scene, arguments: dict[str, Any]) -> Tensor:
     """The clip of the scene's prompt, float32 [3, frames, height, width] in [0, 1]."""
     seed = zlib.crc32(scene.prompt().encode())
     video = pipe(
-        scene.prompt(), generator=torch.Generator().manual_seed(seed), output_type="pt", **arguments
+        scene.prompt(),
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **arguments,
     ).frames[0]
     return rearrange(video.float(), "f c h w -> c f h w")
 
 
-def verdicts(
-    pipe: WanPipeline, count: int, arguments: dict[str, object]
-) -> Iterator[tuple[Scene, Verdict]]:
+def verdicts(pipe: Any, count: int, arguments: dict[str, Any]) -> Iterator[tuple[Scene, Verdict]]:
     """Generate `count` held-out prompts and judge each."""
     for scene in held_out_scenes(count):
         yield scene, check(generate(pipe, scene, arguments), scene)
 
 
-def contact_sheet(pipe: WanPipeline, arguments: dict[str, object]) -> Image.Image:
+def contact_sheet(pipe: Any, arguments: dict[str, Any]) -> Image.Image:
     """Six held-out prompts, one a row, frames spread over the clip from left to right."""
     rows = []
     for scene in held_out_scenes(SHEET_PROMPTS):
@@ -58,4 +58,6 @@ def contact_sheet(pipe: WanPipeline, arguments: dict[str, object]) -> Image.Imag
         rows.append(rearrange(clip[:, picked], "c f h w -> h (f w) c"))
     pixels = (torch.cat(rows).clamp(0, 1) * 255).round().byte().numpy()
     sheet = Image.fromarray(pixels)
-    return sheet.resize((sheet.width * SHEET_ZOOM, sheet.height * SHEET_ZOOM), Image.Resampling.NEAREST)
+    return sheet.resize(
+        (sheet.width * SHEET_ZOOM, sheet.height * SHEET_ZOOM), Image.Resampling.NEAREST
+    )

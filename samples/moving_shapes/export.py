@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from moving_shapes.denoiser import FLOW_SHIFT
 
@@ -30,20 +26,22 @@ GENERATION = {
 
 def export(
     folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    text_encoder: UMT5EncoderModel,
-    vae: AutoencoderKLWan,
-    transformer: WanTransformer3DModel,
+    tokenizer: Any,
+    text_encoder: Any,
+    vae: Any,
+    transformer: Any,
 ) -> None:
     """Write the pipeline to `folder`, whole or not at all; what stood there is replaced."""
+    # diffusers annotates one scheduler and takes them all.
+    scheduler: Any = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+    )
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae,
         transformer=transformer,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
-        ),
+        scheduler=scheduler,
         transformer_2=None,
     )
     part = folder.with_name(folder.name + ".part")

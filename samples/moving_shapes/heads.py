@@ -1,16 +1,16 @@
 """Heads: how much of each head's attention the best pattern of every kind keeps at one density.
 
-A model whose heads all prefer the same pattern has nothing to search. The table says, head by head
-and at two noise levels, what static patterns of 20 % of the pairs keep, and what the best key blocks
-of every query block would keep.
+A model whose heads all prefer the same pattern has nothing to search. The table says, head by
+head and at two noise levels, what static patterns of 20 % of the pairs keep, and what the best
+key blocks of every query block would keep.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
-from diffusers import WanPipeline
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class HeadMass:
         return KINDS[self.kept.index(max(self.kept))]
 
 
-def head_masses(pipe: WanPipeline, steps: tuple[int, ...], **arguments: object) -> list[HeadMass]:
+def head_masses(pipe: Any, steps: tuple[int, ...], **arguments: Any) -> list[HeadMass]:
     """The table for one prompt's run at the given denoising steps, conditional branch."""
     masses: list[HeadMass] = []
     masks: dict[str, list[Tensor]] = {}
@@ -94,9 +94,11 @@ def table(masses: list[HeadMass]) -> str:
 
 
 def _static(grid: TokenGrid) -> dict[str, list[Pattern]]:
-    """Patterns of at most the density: both bands, and every largest box of eighths of the axes."""
+    """Patterns of at most the density: both bands, every largest box of eighths of the axes."""
     sides = [sorted({max(1, length * part // 8) for part in range(1, 9)}) for length in grid.shape]
-    boxes = [Neighborhood((f, h, w)) for f, h, w in product(*sides) if f * h * w <= DENSITY * grid.video]
+    boxes = [
+        Neighborhood((f, h, w)) for f, h, w in product(*sides) if f * h * w <= DENSITY * grid.video
+    ]
     return {
         "band": [Band.of_density(DENSITY, grid)],
         "pixel-major band": [Band.of_density(DENSITY, grid, "pixel_major")],
@@ -118,7 +120,7 @@ def _columns_mass(weight: Tensor) -> float:
 
 
 def _best_blocks_mass(query: Tensor, key: Tensor) -> float:
-    """What the heaviest fifth of the key blocks of each query block keeps; `[tokens, head_dim]`."""
+    """What the heaviest fifth of the key blocks of each query block keeps [tokens, head_dim]."""
     kept, count = 0.0, 0
     for part in (query * query.shape[-1] ** -0.5).float().split(BLOCK):
         mass = _blocks((part @ key.float().T).softmax(-1).mean(0)[None])[0]

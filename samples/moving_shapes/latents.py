@@ -1,8 +1,8 @@
-"""Latents in closed form: the colors of 2 x 2 pixels in two frames, turned to principal components.
+"""Latents in closed form: colors of 2 x 2 pixels in two frames, as principal components.
 
-The denoiser is trained on them directly and needs no encoder for it; the autoencoder is trained, at
-the same time, to compute and to invert them. The first frame stands alone in Wan's causal layout:
-here it counts as a pair of equal frames.
+The denoiser is trained on them directly and needs no encoder for it; the autoencoder is trained,
+at the same time, to compute and to invert them. The first frame stands alone in Wan's causal
+layout: here it counts as a pair of equal frames.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor
-
 from moving_shapes.scene import Scene, draw, random_scene
+from torch import Tensor
 
 CHANNELS = 6
 """Three colors in two frames: turned, none left out."""

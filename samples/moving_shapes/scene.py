@@ -1,7 +1,8 @@
 """Scene: one or two textured shapes moving over a drifting textured background, drawn by code.
 
-A scene is a value; drawing it is a pure function of the value and of the clip's size, so that every
-clip can be made again from its seed. Positions, radii and speeds are fractions of the shorter side.
+A scene is a value; drawing it is a pure function of the value and of the clip's size, so that
+every clip can be made again from its seed. Positions, radii and speeds are fractions of the
+shorter side.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down
 """Unit velocity (vertical, horizontal); the vertical axis points down."""
 
 EDGE = 3.5
-"""Width in pixels of a shape's soft edge. Wan's decoder doubles the size by repeating pixels, after
-which no convolution can tell left from right inside a pair: sharper edges would be lost anyway."""
+"""Width in pixels of a shape's soft edge. Wan's decoder doubles the size by repeating pixels,
+after which no convolution tells left from right inside a pair: sharper edges would be lost."""
 
 STEADY_SHARE = 0.6
 """Share of the clip for which a shape keeps its named direction before it may bounce."""
@@ -64,7 +65,7 @@ class Mover:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Movers from back to front, and the background's name and waves (angle, cycles, phase, drift)."""
+    """Movers from back to front; the background's name and waves (angle, cycles, phase, drift)."""
 
     movers: tuple[Mover, ...]
     background: str
@@ -121,7 +122,9 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> Tensor:
         distance = _distance(mover.shape, dy / mover.radius, dx / mover.radius) * mover.radius
         alpha = _smooth((0.5 - distance * side / EDGE).clamp(0, 1))
         angle, cycles = mover.stripes
-        wave = torch.sin(2 * math.pi * cycles * (dy * math.sin(angle) + dx * math.cos(angle)) / mover.radius)
+        wave = torch.sin(
+            2 * math.pi * cycles * (dy * math.sin(angle) + dx * math.cos(angle)) / mover.radius
+        )
         value = 0.82 + 0.16 * wave
         paint = torch.tensor(colorsys.hsv_to_rgb(COLORS[mover.color], 0.88, 1.0))
         clip = clip * (1 - alpha) + alpha * value * rearrange(paint, "c -> c 1 1 1")

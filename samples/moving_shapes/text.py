@@ -1,7 +1,7 @@
 """The sample model's text side: a word-level tokenizer and a small `UMT5EncoderModel`.
 
-A randomly initialised encoder gives prompts that differ in one word almost the same embedding. So
-the encoder is trained first, alone: every token has to tell the words of its own clause. After that
+A randomly initialised encoder gives prompts that differ in one word almost the same embedding.
+So the encoder is trained first, alone: every token has to tell the words of its own clause. Then
 it is frozen, and the denoiser finds at "left" which shape moves left.
 """
 
@@ -10,12 +10,11 @@ from __future__ import annotations
 import random
 
 import torch
+from moving_shapes.progress import Progress
+from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, Scene, random_scene
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-from moving_shapes.progress import Progress
-from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, Scene, random_scene
 
 WIDTH = 64
 WORDS = ("a", "and", "on", "moving", *COLORS, *SHAPES, *DIRECTIONS, *BACKGROUNDS)
@@ -68,7 +67,7 @@ def build_text_encoder() -> UMT5EncoderModel:
 
 
 def train_text_encoder(progress: Progress, steps: int) -> UMT5EncoderModel:
-    """Train until every token tells its clause; takes up to a minute, so it has no checkpoints inside."""
+    """Train until every token tells its clause: a minute, so without checkpoints inside."""
     torch.manual_seed(1)
     encoder, tokenizer = build_text_encoder(), build_tokenizer()
     if state := progress.load():
@@ -112,7 +111,7 @@ def embed(
 
 
 def _answers(scene: Scene) -> Tensor:
-    """The right class of every attribute for every token of the prompt, int64 [tokens, attributes]."""
+    """The right class of every attribute for every token, int64 [tokens, attributes]."""
     background = ATTRIBUTES[3].index(scene.background)
     many = len(scene.movers) - 1
     rows = []

@@ -1,8 +1,8 @@
-"""The sample model's video autoencoder: a small `AutoencoderKLWan` that computes and inverts `latents`.
+"""The sample model's autoencoder: a small `AutoencoderKLWan` that computes and inverts `latents`.
 
-Encoder and decoder are trained side by side but apart: the encoder to give the principal components
-of a clip, the decoder to draw the clip again from those components with a little noise on them, as a
-denoiser would leave.
+Encoder and decoder are trained side by side but apart: the encoder to give the principal
+components of a clip, the decoder to draw the clip again from those components with a little
+noise on them, as a denoiser would leave.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import random
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from einops import rearrange
-from torch import Tensor, nn
-
 from moving_shapes.latents import CHANNELS, Components, clips, random_scenes
 from moving_shapes.progress import Progress
+from torch import Tensor, nn
 
 SIZE = (13, 64, 64)
 CROP = 24
@@ -32,7 +31,7 @@ LOG_VARIANCE = -8.0
 """The posterior's log-variance is fixed: this autoencoder's latents are defined, not learned."""
 
 
-def build_vae(components: Components) -> AutoencoderKLWan:
+def build_vae(components: Components) -> Any:
     """Temporal and spatial factor 2; its config normalises the latents for the denoiser."""
     vae = AutoencoderKLWan(
         base_dim=16,
@@ -50,7 +49,7 @@ def build_vae(components: Components) -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def _initialise(vae: AutoencoderKLWan) -> None:
+def _initialise(vae: Any) -> None:
     """Convolutions that keep a signal's variance, and a posterior of fixed variance.
 
     torch's default shrinks every signal by the square root of 3 a layer while biases stay, so that
@@ -65,7 +64,7 @@ def _initialise(vae: AutoencoderKLWan) -> None:
     vae.quant_conv.bias[CHANNELS:] = LOG_VARIANCE
 
 
-def train_vae(progress: Progress, components: Components, steps: int) -> AutoencoderKLWan:
+def train_vae(progress: Progress, components: Components, steps: int) -> Any:
     torch.manual_seed(0)
     vae = build_vae(components)
     scale = rearrange(components.scale(), "c -> c 1 1 1")
@@ -142,7 +141,7 @@ class ConvolutionOptimizer:
 
 
 @torch.no_grad()
-def held_out_psnr(vae: AutoencoderKLWan, count: int, size: tuple[int, int, int]) -> list[float]:
+def held_out_psnr(vae: Any, count: int, size: tuple[int, int, int]) -> list[float]:
     """PSNR in dB of `count` clips that no training drew, encoded and decoded."""
     values = []
     for scene in random_scenes("held out clips", count):

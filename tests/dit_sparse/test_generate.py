@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,24 +22,24 @@ PROMPTS = (Prompt("one", "a cat"), Prompt("two", "a dog", "blur", seed=5))
 
 
 @pytest.fixture(scope="module")
-def pipe(model: Path) -> object:
+def pipe(model: Path) -> Any:
     return load_pipeline(model, torch.float32, "cpu")
 
 
-def test_sample_is_what_the_pipeline_makes(pipe: object) -> None:
+def test_sample_is_what_the_pipeline_makes(pipe: Any) -> None:
     seen: list[tuple[int, int]] = []
     made = sample(pipe, PROMPTS[1], 5, SETTINGS, lambda done, total: seen.append((done, total)))
-    direct = tiny.generate(
-        pipe,
+    direct = pipe(
         prompt="a dog",
         negative_prompt="blur",
+        height=64,
+        width=64,
         num_frames=5,
         num_inference_steps=2,
         guidance_scale=4.0,
-        max_sequence_length=512,
-        output_type="np",
         generator=torch.Generator().manual_seed(5),
-    )
+        output_type="np",
+    ).frames
     assert np.array_equal(made.frames, np.rint(np.asarray(direct[0]) * 255).astype(np.uint8))
     assert seen == [(1, 2), (2, 2)]
     assert len(made.step_seconds) == 2
@@ -46,7 +47,7 @@ def test_sample_is_what_the_pipeline_makes(pipe: object) -> None:
 
 
 def test_batch_makes_runs_and_skips_them_the_next_time(
-    pipe: object, model: Path, plans: dict[str, Path], tmp_path: Path
+    pipe: Any, model: Path, plans: dict[str, Path], tmp_path: Path
 ) -> None:
     plan = Plan.from_pretrained(plans["band"])
     outcomes = list(generate(pipe, model, PROMPTS, SETTINGS, tmp_path, plan=plan))
@@ -62,7 +63,7 @@ def test_batch_makes_runs_and_skips_them_the_next_time(
     assert [outcome.state for outcome in again] == ["skipped", "skipped"]
 
 
-def test_run_is_made_again_from_its_own_file(pipe: object, model: Path, tmp_path: Path) -> None:
+def test_run_is_made_again_from_its_own_file(pipe: Any, model: Path, tmp_path: Path) -> None:
     (first,) = generate(pipe, model, PROMPTS[:1], SETTINGS, tmp_path / "a")
     request = read_run(first.folder).request
     (second,) = generate(pipe, request.model, [request.prompt], request.settings, tmp_path / "b")
@@ -71,7 +72,7 @@ def test_run_is_made_again_from_its_own_file(pipe: object, model: Path, tmp_path
 
 
 def test_run_that_another_process_makes_is_left_to_it(
-    pipe: object, model: Path, tmp_path: Path
+    pipe: Any, model: Path, tmp_path: Path
 ) -> None:
     (made,) = generate(pipe, model, PROMPTS[:1], SETTINGS, tmp_path / "a")
     (tmp_path / "b").mkdir()
@@ -82,11 +83,11 @@ def test_run_that_another_process_makes_is_left_to_it(
 
 
 def test_failed_prompt_is_reported_and_the_next_follows(
-    pipe: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = sample
 
-    def fail_on_one(pipe: object, prompt: Prompt, *rest: object) -> object:
+    def fail_on_one(pipe: Any, prompt: Prompt, *rest: object) -> object:
         if prompt.id == "one":
             raise ValueError("no luck")
         return real(pipe, prompt, *rest)  # pyright: ignore[reportArgumentType]
@@ -114,7 +115,7 @@ def test_frames_with_nan_are_an_error() -> None:
     ids=["frames", "schedule"],
 )
 def test_nothing_is_written_before_all_is_checked(
-    pipe: object,
+    pipe: Any,
     model: Path,
     tmp_path: Path,
     change: dict[str, int],
@@ -128,6 +129,6 @@ def test_nothing_is_written_before_all_is_checked(
     assert not out.exists()
 
 
-def test_plan_of_another_model_is_refused(pipe: object, plans: dict[str, Path]) -> None:
+def test_plan_of_another_model_is_refused(pipe: Any, plans: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="the plan is for another model"):
         check(pipe, SETTINGS, Plan.from_pretrained(plans["other"]))

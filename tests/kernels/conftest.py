@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Operands = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @pytest.fixture(scope="session")
@@ -17,18 +18,20 @@ def masked_attention() -> Attention:
         query: Tensor, key: Tensor, value: Tensor, visible: Tensor
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (x.double().permute(0, 2, 1, 3) for x in (query, key, value))
-        logits = query @ key.mT / query.shape[-1] ** 0.5
-        weights = torch.where(visible, (logits - logits.amax(-1, keepdim=True)).exp(), 0.0)
+        logits = (query @ key.mT / query.shape[-1] ** 0.5).where(visible, -torch.inf)
+        seen = visible.any(-1, keepdim=True)
+        largest = logits.amax(-1, keepdim=True).where(seen, 0.0)
+        weights = (logits - largest).exp()
         total = weights.sum(-1, keepdim=True)
-        output = torch.where(total > 0, weights @ value / total, 0.0)
-        lse = torch.where(total > 0, total.log() + logits.amax(-1, keepdim=True), -torch.inf)
+        output = (weights @ value / total).where(seen, 0.0)
+        lse = total.log() + largest
         return output.permute(0, 2, 1, 3), lse[..., 0]
 
     return attend
 
 
 @pytest.fixture(scope="session")
-def operands() -> Callable[..., list[Tensor]]:
+def operands() -> Operands:
     """(tokens, heads, head_dim, batch, spread, dtype, seed) -> query, key, value."""
 
     def draw(
@@ -39,10 +42,10 @@ def operands() -> Callable[..., list[Tensor]]:
         spread: float = 1.0,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         shape = 3, batch, tokens, heads, head_dim
         query, key, value = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return [x.to(dtype) for x in (query * spread, key * spread, value)]
+        return (query * spread).to(dtype), (key * spread).to(dtype), value.to(dtype)
 
     return draw

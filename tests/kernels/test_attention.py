@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -179,9 +180,8 @@ def test_G6_mixed_heads_are_computed_as_each_alone(backend: str, operands):
         torch.testing.assert_close(together[1][:, one], alone[1], atol=2e-6, rtol=0)
     turned = [4, 2, 0, 3, 1]
     blocks = block_indices([patterns[head] for head in turned], grid, None, 16, 16)
-    output, lse = sparse_attention(
-        *(x[:, :, turned] for x in (query, key, value)), blocks, backend=backend
-    )
+    query, key, value = (x[:, :, turned] for x in (query, key, value))
+    output, lse = sparse_attention(query, key, value, blocks, backend=backend)
     torch.testing.assert_close(output, together[0][:, :, turned], atol=2e-6, rtol=0)
     torch.testing.assert_close(lse, together[1][:, turned], atol=2e-6, rtol=0)
 
@@ -225,10 +225,11 @@ def test_disjoint_lists_merge_to_dense(backend: str, operands, masked_attention)
 @every_backend
 def test_scale_and_strides_are_respected(backend: str, operands, masked_attention):
     grid, blocks = GRIDS[0], block_indices([Band(11)] * 2, GRIDS[0], None, 16, 16)
-    operands_ = operands(grid.tokens, 2)
-    expected = masked_attention(3 * operands_[0], *operands_[1:], visible([Band(11)], grid))
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands_]
-    came = sparse_attention(*strided, blocks, scale=3 * 40**-0.5, backend=backend)
+    query, key, value = operands(grid.tokens, 2)
+    expected = masked_attention(3 * query, key, value, visible([Band(11)], grid))
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    came = sparse_attention(query, key, value, blocks, scale=3 * 40**-0.5, backend=backend)
     assert_close(came, expected, torch.float32)
 
 
@@ -245,7 +246,8 @@ def test_masks_past_the_limit_are_evaluated_anew(operands, monkeypatch: pytest.M
 
 def test_prepared_values_go_with_their_blocks(operands):
     blocks: BlockIndices | None = block_indices([Band(11)], GRIDS[0])
-    sparse_attention(*operands(GRIDS[0].tokens, 1), blocks, backend="gather")
+    query, key, value = operands(GRIDS[0].tokens, 1)
+    sparse_attention(query, key, value, blocks, backend="gather")
     count = len(gather._prepared)
     del blocks
     assert len(gather._prepared) == count - 1
@@ -270,18 +272,22 @@ def test_prepared_values_go_with_their_blocks(operands):
     ],
     ids=["rank", "shape", "tokens", "heads", "dtype", "scale", "valid text"],
 )
-def test_wrong_calls_are_named(change: dict[str, object], message: str):
+def test_wrong_calls_are_named(change: dict[str, Any], message: str):
     shape = 1, change.get("tokens", 70), change.get("heads", 2), 16
     grid = replace(GRIDS[0], valid_text=change.get("valid_text"))
-    tensors = [
+    query, key, value = (
         torch.ones(change.get(name, shape), dtype=change.get("dtype"))
         for name in ("query", "key", "value")
-    ]
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
-        sparse_attention(*tensors, block_indices([Full()] * 2, grid), scale=change.get("scale"))
+        sparse_attention(
+            query, key, value, block_indices([Full()] * 2, grid), scale=change.get("scale")
+        )
 
 
 def test_mixed_dtypes_are_named():
     query = torch.ones(1, 70, 1, 16)
-    with pytest.raises(ValueError, match="value must have the dtype of query, torch.float32, got"):
+    with pytest.raises(
+        ValueError, match=r"value must have the dtype of query, torch\.float32, got"
+    ):
         sparse_attention(query, query, query.double(), block_indices([Full()], GRIDS[0]))

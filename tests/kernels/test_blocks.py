@@ -37,7 +37,7 @@ ORDERS = [None, raster(), pixel_major(), tile(2, 3, 4)]
 
 
 def check_tags(blocks: BlockIndices, masks: list[torch.Tensor]):
-    """A tile is listed as whole, listed as partial or absent as its pairs say, and no other way."""
+    """Tiles are listed as whole, listed as partial or absent exactly as their pairs say."""
     kept = visited = 0
     for head, mask in enumerate(masks):
         kept += int(mask.sum())

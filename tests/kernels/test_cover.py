@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dit_sparse.kernels.blocks import BlockIndices, block_indices, from_block_mask
-from dit_sparse.kernels.cover import Prices, covers
+from dit_sparse.kernels.cover import Prices, covers, visible
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
 from dit_sparse.kernels.reference import element_mask
@@ -32,7 +32,7 @@ def test_each_pair_is_covered_once_and_no_other(
                 pairs[queries, first:last] += 1
             if rectangle.masked:
                 keys = torch.cat([torch.arange(*run) for run in rectangle.masked])
-                pairs[queries, keys] += cover.visible(rectangle)
+                pairs[queries, keys] += visible(blocks, cover.heads[0], rectangle)
         for head in cover.heads:
             seen_heads.append(head)
             expected = element_mask(blocks, head)

@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,6 @@ def test_invalid_text_is_the_end_of_the_text(grid: TokenGrid, valid: int, paddin
         ),
     ],
 )
-def test_wrong_geometry_is_named(arguments: dict[str, object], message: str):
+def test_wrong_geometry_is_named(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
-        TokenGrid(**({"frames": 2, "height": 2, "width": 2} | arguments))
+        TokenGrid(**{"frames": 2, "height": 2, "width": 2, **arguments})

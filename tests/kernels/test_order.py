@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_tiles_follow_one_another_and_shrink_at_the_border():
         (("tile", (0, 2, 2)), "three counts of at least 1, got (0, 2, 2)"),
     ],
 )
-def test_wrong_orders_are_named(arguments: tuple[object, ...], message: str):
+def test_wrong_orders_are_named(arguments: tuple[Any, ...], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         TokenOrder(*arguments)
 

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ GRIDS = [
     TokenGrid(3, 4, 5, text_after=2),
     TokenGrid(3, 4, 5, text_before=1, text_after=3),
 ]
+
+WRONG: Any = "tile"
 
 
 def natten_axis(length: int, window: int, stride: int, dilation: int) -> list[list[int]]:
@@ -139,7 +142,7 @@ def test_a_window_larger_than_the_grid_is_cut_to_it():
 
 @pytest.mark.parametrize("density", [0.05, 0.25, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("order", ["raster", "pixel_major"])
-def test_SG1_band_density(density: float, order: str):
+def test_SG1_band_density(density: float, order: Any):
     grid = TokenGrid(10, 10, 10)
     band = Band.of_density(density, grid, order)
     assert abs(band.mask(grid).double().mean().item() - density) < 2 / 1000
@@ -239,7 +242,7 @@ def test_every_kind_is_known():
         ({"kind": "neighborhood", "window": [3, 3]}, "window of pattern 'neighborhood' must be"),
     ],
 )
-def test_wrong_json_is_named(data: dict[str, object], message: str):
+def test_wrong_json_is_named(data: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         pattern_from_dict(data)
 
@@ -247,7 +250,10 @@ def test_wrong_json_is_named(data: dict[str, object], message: str):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Band(1, "tile"), "axis_order must be 'raster' or 'pixel_major', got 'tile'"),
+        (
+            lambda: Band(1, WRONG),
+            "axis_order must be 'raster' or 'pixel_major', got 'tile'",
+        ),
         (lambda: Band.of_density(0.0, GRIDS[0]), "density must be in (0, 1], got 0.0"),
         (lambda: Columns((), 8, (3, 4, 5)), "ascending indices in 0..7 for grid 3x4x5"),
         (lambda: Columns((3, 0), 8, (3, 4, 5)), "ascending indices in 0..7"),

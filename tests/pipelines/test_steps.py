@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,3 +119,12 @@ def test_contexts_may_be_nested(pipe: Fake) -> None:
     assert clock.now(SHAPE).branch == ""
     with pytest.raises(IndexError):
         clock.leave()
+
+
+def test_a_copied_clock_never_reads_the_scheduler_of_another_pipeline(pipe: Fake) -> None:
+    pipe.scheduler._step_index, pipe.scheduler._begin_index = 2, None
+    pipe.clock = Clock(pipe)
+    twin = copy.deepcopy(pipe)
+    twin.scheduler._step_index = 1
+    assert (pipe.clock.now(SHAPE).step, twin.clock.now(SHAPE).step) == (2, 1)
+    assert copy.deepcopy(pipe.clock).now(SHAPE) == Moment(1, "", None, None)
