@@ -32,7 +32,7 @@ PROTOCOL = {
     **CONVENTIONS,
 }
 
-OnVideos = Callable[[Prompt, dict[str, Sample]], None]
+OnVideos = Callable[[Prompt, dict[str, Sample]], object]
 
 
 @dataclass(frozen=True, slots=True)

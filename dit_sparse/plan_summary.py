@@ -104,8 +104,10 @@ def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
         reason = pattern.refusal(grid)
         if reason is not None:
             raise ValueError(f"{pattern} refuses the grid {grid}: {reason}")
-    blocks = {"block_q": plan.block, "block_k": plan.block}
-    return {pattern: block_indices((pattern,), grid, **blocks).density() for pattern in distinct}
+    return {
+        pattern: block_indices((pattern,), grid, block_q=plan.block, block_k=plan.block).density()
+        for pattern in distinct
+    }
 
 
 def _head(pattern: Pattern, density: Density | None) -> HeadSummary:

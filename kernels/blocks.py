@@ -210,7 +210,7 @@ def _visited(
     counts, key_blocks, tags, kept = [], [], [], 0
     # One block of queries at a time: block_q * tokens booleans, never tokens * tokens.
     for queries in permutation.tensor_split(query_offsets[1:-1]):
-        keys_kept = pattern.rows(grid, queries).sum(0, dtype=torch.int32)[permutation]
+        keys_kept = _column_sums(pattern.rows(grid, queries))[permutation]
         cumulative = torch.nn.functional.pad(keys_kept.cumsum(0), (1, 0))
         pairs = cumulative[key_offsets].diff()
         visited = pairs.nonzero()[:, 0]
@@ -220,6 +220,12 @@ def _visited(
         tags.append(torch.where(whole, WHOLE, PARTIAL).to(torch.int8))
         kept += int(pairs.sum())
     return _Visited(torch.tensor(counts), torch.cat(key_blocks), torch.cat(tags), kept)
+
+
+def _column_sums(mask: Tensor) -> Tensor:
+    # PyTorch adds bytes thirty times faster than it adds booleans; a byte holds 255 rows.
+    parts = mask.view(torch.uint8).split(255)
+    return torch.stack([part.sum(0, dtype=torch.uint8) for part in parts]).sum(0)
 
 
 def _assemble(

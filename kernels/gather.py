@@ -21,10 +21,8 @@ from dit_sparse.kernels.cover import Cover, Prices, Rectangle, Runs, covers, vis
 from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.order import raster
 
-# Measured on an AMX machine: bfloat16 matrix products need many queries to be fast, and PyTorch
-# adds a mask to them at the price of a whole dense pair.
-_PRICES = {torch.bfloat16: Prices(narrow=95, masked=1.0)}
-_FLOAT_PRICES = Prices(narrow=27, masked=0.35)
+# Measured with AMX and AVX512, bfloat16 and float32; the speed changes little around them.
+_PRICES = Prices(narrow=95, masked=0.35)
 
 # Masks are kept between calls while those of one BlockIndices fit in this much memory; past it
 # they are evaluated anew.
@@ -38,10 +36,10 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(slots=True)
 class _Prepared:
-    """What was derived from one BlockIndices: covers by valid text and dtype, and kept masks."""
+    """What was derived from one BlockIndices: covers by valid text, and kept masks."""
 
-    covers: dict[object, list[Cover]] = field(default_factory=dict)
-    masks: dict[Rectangle, Tensor] = field(default_factory=dict)
+    covers: dict[int | None, list[Cover]] = field(default_factory=dict)
+    masks: dict[tuple[Rectangle, torch.dtype], Tensor] = field(default_factory=dict)
     mask_bytes: int = 0
 
 
@@ -65,16 +63,16 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     valid_text = call.blocks.grid.valid_text or (None,) * batch
     for valid in dict.fromkeys(valid_text):
         samples = [sample for sample, count in enumerate(valid_text) if count == valid]
-        name = valid, dtype
-        if name not in prepared.covers:
-            prices = _PRICES.get(dtype, _FLOAT_PRICES)
-            prepared.covers[name] = covers(call.blocks, prices, valid)
-        for cover in prepared.covers[name]:
+        if valid not in prepared.covers:
+            prepared.covers[valid] = covers(call.blocks, _PRICES, valid)
+        for cover in prepared.covers[valid]:
             query, key, value = (
                 _select(_select(x, 0, samples), 2, cover.heads)
                 for x in (call.query, call.key, call.value)
             )
             out, sums = _attend(query, key, value, call.blocks, cover, prepared, call.scale)
+            if out.shape == output.shape:
+                return out, sums
             rows = torch.tensor(samples)[:, None], torch.tensor(cover.heads)
             output.transpose(1, 2)[rows] = out.transpose(1, 2)
             lse[rows] = sums
@@ -121,13 +119,21 @@ def _attend(
                     attn_mask=bias,
                     scale=scale,
                 )
-                sums = sums.masked_fill(sums < _HIDDEN / 2, -torch.inf)
-                parts.append((out.transpose(1, 2), sums))
-        output[:, queries], lse[:, :, queries] = merge(parts) if bias is not None else parts[0]
+                parts.append(_unhidden(out, sums) if bias is not None else (out, sums))
+        parts = [(out.transpose(1, 2), sums) for out, sums in parts]
+        output[:, queries], lse[:, :, queries] = merge(parts) if len(parts) > 1 else parts[0]
     if moved:
         output = torch.empty_like(output).index_copy_(1, blocks.permutation, output)
         lse = torch.empty_like(lse).index_copy_(2, blocks.permutation, lse)
     return output, lse
+
+
+def _unhidden(output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero and -inf for the queries whose keys were all hidden."""
+    empty = lse < _HIDDEN / 2
+    if not empty.any():
+        return output, lse
+    return output.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
 
 
 def _gather(tensor: Tensor, runs: Runs) -> Tensor:
@@ -145,13 +151,13 @@ def _bias(
     """0 where a pair is kept, a huge negative number where not; kept between calls."""
     if not rectangle.masked:
         return None
-    bias = prepared.masks.get(rectangle)
+    # Half precision cannot hold the number; PyTorch adds a float32 mask to it as well.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    bias = prepared.masks.get((rectangle, dtype))
     if bias is None:
-        # Half precision cannot hold the number; PyTorch adds a float32 mask to it as well.
-        dtype = torch.float32 if dtype == torch.float16 else dtype
         kept = visible(blocks, head, rectangle)
         bias = torch.zeros(kept.shape, dtype=dtype).masked_fill_(~kept, _HIDDEN)
         if prepared.mask_bytes + bias.nbytes <= _KEPT_MASK_BYTES:
             prepared.mask_bytes += bias.nbytes
-            prepared.masks[rectangle] = bias
+            prepared.masks[rectangle, dtype] = bias
     return bias

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
@@ -227,19 +228,39 @@ class Neighborhood(_Definition):
         )
 
     def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
-        seen = torch.ones((), dtype=torch.bool, device=keys.device)
-        axes = zip(grid.shape, self.window, self.stride, self.dilation, strict=True)
         places = zip(grid.coordinates(queries), grid.coordinates(keys), strict=True)
-        for (length, window, stride, dilation), (query, key) in zip(axes, places, strict=True):
-            if window >= length and dilation == 1:
-                continue
-            start, size = _window(length, window, stride, dilation)
-            first = start.to(query.device)[query.clamp_min(0)]
-            offset = torch.div(key, dilation, rounding_mode="floor").to(torch.int16) - first
-            seen = seen & (offset >= 0) & (offset < size)
-            if dilation > 1:
-                seen = seen & ((query % dilation).to(torch.int16) == (key % dilation))
-        return _with_text(grid, queries, keys, seen.expand(_shape(queries, keys)))
+        frame, row, column = (self._axis(grid, axis, *place) for axis, place in enumerate(places))
+        return _with_text(grid, queries, keys, frame & row & column)
+
+    def rows(self, grid: TokenGrid, queries: Tensor) -> Tensor:
+        # As `pairs` for all keys, but each axis is looked at once, not once for every key.
+        frame, row, column = (
+            self._axis(grid, axis, place[:, None], torch.arange(length, device=place.device))
+            for axis, (place, length) in enumerate(
+                zip(grid.coordinates(queries), grid.shape, strict=True)
+            )
+        )
+        video = (
+            rearrange(frame, "n t -> n t 1 1")
+            & rearrange(row, "n h -> n 1 h 1")
+            & rearrange(column, "n w -> n 1 1 w")
+        )
+        seen = queries.new_ones(len(queries), grid.tokens, dtype=torch.bool)
+        seen[:, grid.text_before : grid.text_before + grid.video] = rearrange(
+            video, "n t h w -> n (t h w)"
+        )
+        return seen | _is_text(grid, queries)[:, None] if grid.text else seen
+
+    def _axis(self, grid: TokenGrid, axis: int, query: Tensor, key: Tensor) -> Tensor:
+        """Whether queries see keys as far as their places on one axis tell."""
+        dilation = self.dilation[axis]
+        start, size = _window(grid.shape[axis], self.window[axis], self.stride[axis], dilation)
+        place = torch.div(key, dilation, rounding_mode="floor").to(torch.int16)
+        offset = place - start.to(query.device)[query.clamp_min(0)]
+        inside = (offset >= 0) & (offset < size)
+        if dilation == 1:
+            return inside
+        return inside & ((query % dilation).to(torch.int16) == (key % dilation).to(torch.int16))
 
     def __str__(self) -> str:
         extras = [
@@ -265,7 +286,7 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
 def pattern_from_dict(data: dict[str, Any]) -> Pattern:
     """The pattern that `pattern_to_dict` wrote; anything else is a `ValueError`."""
     kind = data.get("kind")
-    if kind not in PATTERNS:
+    if not isinstance(kind, str) or kind not in PATTERNS:
         raise ValueError(
             f"unknown pattern kind {kind!r}; this version knows {', '.join(PATTERNS)}: "
             "a newer dit_sparse may have written the plan, so update it"

@@ -134,7 +134,7 @@ def test_G2_random_block_masks(
     backend: str, density: float, joins: float, operands, masked_attention,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr(gather, "_FLOAT_PRICES", gather.Prices(joins, 0.5, launch=0))
+    monkeypatch.setattr(gather, "_PRICES", gather.Prices(joins, 0.5, launch=0))
     grid, order = TokenGrid(3, 5, 7, text_before=3), tile(2, 3, 4)
     rows, columns = (len(order.offsets(grid, block)) - 1 for block in (16, 8))
     mask = torch.rand(2, rows, columns, generator=torch.Generator().manual_seed(1)) < density

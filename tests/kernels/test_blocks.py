@@ -97,6 +97,12 @@ def test_a_block_is_whole_where_windows_meet_tiles():
     assert blocks.density() == Density(0.25, 0.25, 0.25)
 
 
+def test_blocks_of_many_queries_are_counted_right():
+    grid = TokenGrid(2, 20, 20)
+    blocks = block_indices([Full(), Band(300)], grid, None, 700, 100)
+    check_tags(blocks, [Full().mask(grid), Band(300).mask(grid)])
+
+
 def test_SV1_modes_cost_what_they_declare_within_a_block():
     grid = TokenGrid(4, 16, 16)
     for density in (0.1, 0.25, 0.5):

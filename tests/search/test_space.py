@@ -15,7 +15,7 @@ GRIDS = [
     TokenGrid(1, 16, 16, text_before=4),
     TokenGrid(1, 1, 3),
 ]
-LARGE = TokenGrid(7, 12, 16)
+LARGE = TokenGrid(7, 8, 12)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
