@@ -132,7 +132,7 @@ def block_indices(
 
     >>> from dit_sparse.kernels.pattern import Band, Full
     >>> block_indices([Full(), Band(16)], TokenGrid(2, 8, 8), block_q=16, block_k=16).density()
-    Density(element=0.6142578125, block=0.671875, weighted=0.671875)
+    Density(element=0.62060546875, block=0.671875, weighted=0.671875)
     """
     patterns = tuple(patterns)
     if not patterns:

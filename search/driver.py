@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Columns, Full
 from dit_sparse.pipelines.capture import Observer, observe_attention
 from dit_sparse.pipelines.plan import Plan, Schedule, layer_paths
@@ -113,7 +114,7 @@ def search_plan(
     run(prompts, steps, observed[-1], scoring)
 
     layers = tuple(base.assignment)
-    evidence = _evidence(layers, shared, counts, own, calibration, scoring, block)
+    evidence = _evidence(layers, grid, block, shared, counts, own, calibration, scoring)
     settings = {
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -199,16 +200,15 @@ class _Runs:
 
 def _evidence(
     layers: Sequence[str],
+    grid: TokenGrid,
+    block: int,
     shared: Sequence[Candidate],
     counts: tuple[int, ...],
     own: Mapping[str, tuple[tuple[Columns, ...], ...]],
     calibration: Calibration,
     scoring: Scoring,
-    block: int,
 ) -> Evidence:
     """The tables of all layers; a layer without columns has them at infinite cost."""
-    grid = calibration.grid
-    assert grid is not None
     errors, costs, masses = [], [], []
     for layer in layers:
         error = scoring.error.of(layer)

@@ -2,6 +2,7 @@
 
 import importlib
 import string
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def generate(pipe: Any, **changes: Any) -> Tensor:
     """The latents of one generation from a fixed seed; `changes` to the arguments of the call."""
     generator = torch.Generator().manual_seed(0)
     return pipe(generator=generator, **(CALL | changes)).frames
+
+
+class Denoiser:
+    """A pipeline reduced to a transformer and a scheduler that stands at a step."""
+
+    def __init__(self, transformer: Any, steps: int) -> None:
+        self.transformer = transformer
+        self.scheduler = SimpleNamespace(
+            timesteps=torch.arange(steps), _step_index=0, _begin_index=None
+        )
 
 
 def wan_transformer(layers: int = 2, heads: int = 2, head_dim: int = 12, seed: int = 0) -> Any:

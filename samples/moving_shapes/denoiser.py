@@ -1,6 +1,6 @@
 """The sample model's denoiser: a small `WanTransformer3DModel`, trained by flow matching.
 
-Three stages, from a small grid to the default one. Every clip is new.
+Stages from a small grid to the default one. Every clip is new.
 """
 
 from __future__ import annotations
@@ -37,18 +37,23 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the curriculum: clips of `size` (frames, height, width), `samples` of them."""
+    """A part of the curriculum: clips of `size` (frames, height, width), `samples` of them.
+
+    The learning rate falls to the share `final` of itself.
+    """
 
     size: tuple[int, int, int]
     batch: int
     samples: int
     learning_rate: float
+    final: float = 0.5
 
 
 CURRICULUM = (
     Stage((13, 32, 32), 16, 8_000, 1.5e-3),
     Stage((13, 64, 64), 8, 1_280, 1.0e-3),
-    Stage((29, 64, 64), 4, 840, 7e-4),
+    Stage((29, 64, 64), 4, 840, 7e-4, final=0.05),
+    Stage((29, 64, 64), 4, 960, 7e-4, final=0.05),
 )
 
 
@@ -127,7 +132,7 @@ def train_denoiser(
     padded = PaddedOnce()
     for name, module in model.named_modules():
         if name.endswith("attn2") and isinstance(module, WanAttention):
-            module.set_processor(padded)
+            module.processor = padded
     optimizers = _optimizers(model)
     begin, done = 0, 0
     if state := progress.load():
@@ -139,7 +144,7 @@ def train_denoiser(
         drawn = Latents(components, stage, f"latents {index} {done}")
         losses: list[float] = []
         for step in range(done + 1, steps + 1):
-            rate = stage.learning_rate * _schedule(step, steps, last=index == len(curriculum) - 1)
+            rate = stage.learning_rate * _schedule(step, steps, stage.final)
             latents, prompts = drawn.draw(stage.batch)
             text, padded.bias = _padded_text(*embed(encoder, tokenizer, prompts))
             losses.append(_train_step(model, optimizers, rate, latents, text))
@@ -202,9 +207,8 @@ def _padded_text(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return text, bias[:, None, None, :].bfloat16()
 
 
-def _schedule(step: int, steps: int, *, last: bool) -> float:
+def _schedule(step: int, steps: int, final: float) -> float:
     warm = min(1.0, step / 40)
-    final = 0.05 if last else 0.5
     return warm * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 

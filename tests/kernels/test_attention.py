@@ -208,6 +208,19 @@ def test_G9_padded_text_gets_no_mass(
 
 
 @every_backend
+def test_G9_a_query_that_sees_padded_text_only_sees_nothing(backend: str, operands):
+    grid = TokenGrid(1, 4, 8, text_after=16, valid_text=(0,))
+    # Joined with the next block of queries, which sees video as well, and with the text's own.
+    mask = torch.tensor([[[0, 0, 1], [1, 0, 1], [1, 0, 1]]], dtype=torch.bool)
+    query, key, value = operands(grid.tokens, 1, batch=1)
+    blocks = from_block_mask(mask, grid, None, 16, 16)
+    output, lse = sparse_attention(query, key, value, blocks, backend=backend)
+    assert not output[:, :16].any()
+    assert lse[..., :16].isneginf().all()
+    assert lse[..., 16:].isfinite().all()
+
+
+@every_backend
 def test_disjoint_lists_merge_to_dense(backend: str, operands, masked_attention):
     grid = GRIDS[1]
     mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -42,7 +42,7 @@ def test_query_key_and_value_are_those_of_the_model(monkeypatch: pytest.MonkeyPa
     with observe_attention(pipe, lambda *call: observed.extend(x.clone() for x in call[5:])):
         tiny.generate(pipe)
     model: list[Tensor] = []
-    dispatch = transformer_wan.dispatch_attention_fn
+    dispatch = vars(transformer_wan)["dispatch_attention_fn"]
 
     def record(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         if query.shape == key.shape:

@@ -1,7 +1,9 @@
 """The hook on whole pipelines and transformers of real families with random weights."""
 
 import copy
+import gc
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -156,7 +158,7 @@ def masked(plan: Plan, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch) -> Iter
         weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
         return (weights @ value.double()).to(query.dtype)
 
-    dispatch = transformer_wan.dispatch_attention_fn
+    dispatch = vars(transformer_wan)["dispatch_attention_fn"]
 
     def wan(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         if query.shape != key.shape:
@@ -241,6 +243,7 @@ def test_G10_an_exception_in_the_middle_leaves_a_clean_state() -> None:
         assert hook.report().sparse_calls == 1 * 2 * 2
         with pytest.raises(ValueError, match="refuses this grid"):
             fail_inside_attention(pipe, hook)
+        assert hook.clock.now((1, 3, 4, 4)).branch == ""
         assert torch.equal(tiny.generate(pipe), expected)
         assert hook.report().layers == report.layers
     before = tiny.generate(pipe)
@@ -279,6 +282,16 @@ def test_G10_two_pipelines_in_threads_do_not_mix() -> None:
     assert all(map(torch.equal, together, alone))
     assert [hook.report().layers for hook in hooks] == calls
     assert not torch.equal(alone[0], alone[1])
+
+
+def test_an_enabled_pipeline_that_is_forgotten_is_freed() -> None:
+    pipe = tiny.wan()
+    enable_sparse_attention(pipe, uniform(pipe, NEAR))
+    tiny.generate(pipe)
+    parts = [weakref.ref(pipe), weakref.ref(pipe.transformer)]
+    del pipe
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
 
 
 def test_a_schedule_counts_the_steps_of_both_branches() -> None:
@@ -352,10 +365,9 @@ def test_an_unknown_step_is_an_error_only_where_the_schedule_needs_it() -> None:
         pytest.raises(ValueError, match="schedule depends on the denoising step"),
     ):
         transformer(**inputs)
-    with (
-        enable_sparse_attention(transformer, uniform(transformer, NEAR, 1)) as hook,
-        transformer.cache_context("cond", step_index=1, num_inference_steps=4),
-    ):
+    pipe = tiny.Denoiser(transformer, steps=4)
+    pipe.scheduler._step_index = 1
+    with enable_sparse_attention(pipe, uniform(pipe, NEAR, 1)) as hook:
         transformer(**inputs)
     assert hook.report().sparse_calls == 2
 
@@ -447,6 +459,8 @@ def test_a_deep_copy_of_an_enabled_transformer_is_enabled_by_itself() -> None:
     hook = enable_sparse_attention(transformer, uniform(transformer, NEAR))
     sparse = transformer(**wan_inputs())[0]
     twin = copy.deepcopy(transformer)
+    sites = [model.blocks[0].attn1.processor._sparse_site for model in (transformer, twin)]
+    assert int(sites[0].handle) != int(sites[1].handle)
     assert torch.equal(twin(**wan_inputs())[0], sparse)
     assert hook.report().sparse_calls == 2
     disable_sparse_attention(twin)

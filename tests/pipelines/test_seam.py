@@ -18,6 +18,7 @@ from dit_sparse.pipelines.seam import original_of, rebind, rebindable, restore
 from tests import tiny
 
 STEPS = range(3)
+SITE: Any = object()
 
 
 @pytest.mark.parametrize(
@@ -25,13 +26,13 @@ STEPS = range(3)
 )
 def test_a_rebound_processor_is_a_copy_of_its_class(processor_class: type) -> None:
     processor = processor_class()
-    rebound, site = rebind(processor, Any), Any
+    rebound = rebind(processor, SITE)
     assert isinstance(rebound, processor_class)
     assert rebound is not processor
-    assert rebound._sparse_site is site
+    assert rebound._sparse_site is SITE
     assert type(rebound).__name__ == processor_class.__name__
     assert inspect.signature(rebound.__call__) == inspect.signature(processor.__call__)
-    assert type(rebind(processor_class(), Any)) is type(rebound)
+    assert type(rebind(processor_class(), SITE)) is type(rebound)
     assert vars(processor) == {}
 
     rebound._attention_backend = "native"
@@ -48,7 +49,7 @@ def test_a_processor_without_a_seam_is_refused() -> None:
     assert rebindable(WanAttnProcessor())
     assert not rebindable(Linear())
     with pytest.raises(ValueError, match="expected an attention processor that calls"):
-        rebind(Linear(), Any)
+        rebind(Linear(), SITE)
     transformer = tiny.wan_transformer()
     plan = Plan.uniform(transformer, Neighborhood((1, 3, 3)))
     transformer.blocks[1].attn1.processor = Linear()
@@ -88,18 +89,19 @@ def test_compiled_without_breaks_or_graphs_of_its_own(
     torch.manual_seed(0)
     transformer = build(layers=10)
     arguments = inputs() | {"encoder_hidden_states": torch.randn(1, 16, 32)}
-    plan = Plan.uniform(transformer, Neighborhood((1, 3, 3)), Schedule(1), block=16)
+    pipe = tiny.Denoiser(transformer, len(STEPS))
+    plan = Plan.uniform(pipe, Neighborhood((1, 3, 3)), Schedule(1), block=16)
 
     def run() -> list[Tensor]:
         outputs = []
         with torch.no_grad():
             for step in STEPS:
-                with transformer.cache_context("cond", step_index=step, num_inference_steps=3):
-                    outputs.append(transformer(**arguments, return_dict=False)[0])
+                pipe.scheduler._step_index = step
+                outputs.append(transformer(**arguments, return_dict=False)[0])
         return outputs
 
     dense = run()
-    with enable_sparse_attention(transformer, plan):
+    with enable_sparse_attention(pipe, plan):
         eager = run()
     graphs = []
 
@@ -110,7 +112,7 @@ def test_compiled_without_breaks_or_graphs_of_its_own(
     blocks = getattr(transformer, "blocks", None) or transformer.transformer_blocks
     for module in blocks if regional else [transformer]:
         module.compile(backend=compiler, fullgraph=True)
-    with enable_sparse_attention(transformer, plan) as hook:
+    with enable_sparse_attention(pipe, plan) as hook:
         compiled = run()
     assert len(graphs) == graphs_without
     assert all(map(torch.equal, compiled, eager))

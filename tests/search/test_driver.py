@@ -211,7 +211,7 @@ def test_two_transformers_are_searched_together() -> None:
         tiny.wan(layers=1, two_stage=True),
         PROMPTS[:1],
         Budget(density=0.5),
-        **(SMALL | {"steps": 8, "observe_steps": 8}),
+        **{**SMALL, "steps": 8, "observe_steps": 8},
     )
     assert list(found.assignment) == ["transformer.blocks.0.attn1", "transformer_2.blocks.0.attn1"]
 

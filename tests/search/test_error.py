@@ -54,7 +54,8 @@ def brute(
                 if projection is not None:
                     slices = projection.double().split(DIM, dim=1)
                     delta = delta @ slices[h].T
-                    reference = sum(dense[b, i, counted] @ slices[i].T for i in range(HEADS))
+                    parts = [dense[b, i, counted] @ slices[i].T for i in range(HEADS)]
+                    reference = torch.stack(parts).sum(0)
                 if metric == "relative":
                     result[b, h, candidate] = delta.square().sum() / reference.square().sum()
                 elif metric == "mse":
