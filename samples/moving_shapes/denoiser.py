@@ -129,10 +129,10 @@ def train_denoiser(
     if weights is not None:
         model.load_state_dict(weights)
     average = copy.deepcopy(model).requires_grad_(False)
-    padded = PaddedOnce()
+    padded: Any = PaddedOnce()
     for name, module in model.named_modules():
         if name.endswith("attn2") and isinstance(module, WanAttention):
-            module.processor = padded
+            module.set_processor(padded)
     optimizers = _optimizers(model)
     begin, done = 0, 0
     if state := progress.load():

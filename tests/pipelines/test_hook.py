@@ -1,6 +1,5 @@
 """The hook on whole pipelines and transformers of real families with random weights."""
 
-import copy
 import gc
 import types
 import weakref
@@ -26,11 +25,11 @@ from dit_sparse.pipelines.hook import (
     enable_sparse_attention,
     head_groups,
 )
-from dit_sparse.pipelines.plan import Plan, Schedule, layer_paths
+from dit_sparse.pipelines.plan import Plan, layer_paths
 from tests import tiny
+from tests.hooked import NEAR, processors, uniform, wan_inputs
 
 Build = Callable[[], Any]
-NEAR = Neighborhood((1, 3, 3))
 MIXED: tuple[Pattern, ...] = (
     NEAR,
     Band(5, "pixel_major"),
@@ -43,25 +42,12 @@ PIPELINES = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-def uniform(pipe: Any, pattern: Pattern, *schedule: int) -> Plan:
-    return Plan.uniform(pipe, pattern, Schedule(*schedule), block=16)
-
-
 def mixed(pipe: Any, patterns: tuple[Pattern, ...] = MIXED) -> Plan:
     """Four heads of different patterns, in another sequence in every layer."""
     assignment = {
         layer: patterns[index:] + patterns[:index] for index, layer in enumerate(layer_paths(pipe))
     }
     return Plan(fingerprints(pipe), assignment, block=16)
-
-
-def processors(pipe: Any) -> dict[str, Any]:
-    return {
-        f"{component}.{path}": module.processor
-        for component, transformer in transformers_of(pipe).items()
-        for path, module in transformer.named_modules()
-        if hasattr(module, "processor")
-    }
 
 
 # Bit-exactness -------------------------------------------------------------------------------
@@ -372,16 +358,6 @@ def test_an_unknown_step_is_an_error_only_where_the_schedule_needs_it() -> None:
     assert hook.report().sparse_calls == 2
 
 
-def wan_inputs(height: int = 8) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden_states": torch.randn(1, 16, 3, height, 8, generator=generator),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 16, 32, generator=generator),
-        "return_dict": False,
-    }
-
-
 def test_a_call_that_no_plan_describes_is_an_error() -> None:
     transformer = tiny.wan_transformer()
     attention, tokens = transformer.blocks[0].attn1, torch.zeros(1, 48, 24)
@@ -395,98 +371,3 @@ def test_a_call_that_no_plan_describes_is_an_error() -> None:
         attention.processor._parallel_config = object()
         with pytest.raises(ValueError, match="context parallelism is enabled"):
             attention(tokens)
-
-
-# Other features of diffusers -------------------------------------------------------------------
-
-
-def test_fusing_projections_after_enabling_keeps_the_plan_in_effect() -> None:
-    pipe, fused_first = tiny.cogvideox(), tiny.cogvideox()
-    plan = uniform(pipe, NEAR)
-    fused_first.transformer.fuse_qkv_projections()
-    with enable_sparse_attention(fused_first, plan):
-        expected = tiny.generate(fused_first)
-
-    unfused = processors(pipe)
-    hook = enable_sparse_attention(pipe, plan)
-    pipe.transformer.fuse_qkv_projections()
-    with pytest.warns(UserWarning, match="processors of 2 layers.* were replaced"):
-        assert torch.equal(tiny.generate(pipe), expected)
-    assert hook.report().sparse_calls == 2 * 4
-    pipe.transformer.unfuse_qkv_projections()  # puts our copies of before the fusion back
-    with pytest.warns(UserWarning, match="were replaced"):
-        tiny.generate(pipe)
-    hook.disable()
-    assert processors(pipe) == unfused
-
-
-def test_a_rebound_processor_kept_elsewhere_is_inert_after_disabling() -> None:
-    pipe = tiny.wan()
-    dense = tiny.generate(pipe)
-    hook = enable_sparse_attention(pipe, uniform(pipe, Skip()))
-    kept = pipe.transformer.attn_processors
-    hook.disable()
-    pipe.transformer.set_attn_processor(dict(kept))
-    assert torch.equal(tiny.generate(pipe), dense)
-    with enable_sparse_attention(pipe, uniform(pipe, Skip())) as hook:
-        tiny.generate(pipe)
-    assert hook.report().sparse_calls == 16
-
-
-def test_fused_wan_projections_work_in_both_orders() -> None:
-    pipe, fused_first = tiny.wan(), tiny.wan()
-    fused_first.transformer.fuse_qkv_projections()
-    with enable_sparse_attention(fused_first, uniform(pipe, NEAR)):
-        expected = tiny.generate(fused_first)
-    with enable_sparse_attention(pipe, uniform(pipe, NEAR)):
-        pipe.transformer.fuse_qkv_projections()
-        assert torch.equal(tiny.generate(pipe), expected)
-
-
-def test_the_attention_backend_set_while_enabled_is_kept() -> None:
-    transformer = tiny.wan_transformer()
-    original = transformer.blocks[0].attn1.processor
-    with enable_sparse_attention(transformer, uniform(transformer, NEAR)):
-        for block in transformer.blocks:
-            block.attn1.processor._attention_backend = "native"
-    assert transformer.blocks[0].attn1.processor is original
-    assert original._attention_backend == "native"
-
-
-def test_a_deep_copy_of_an_enabled_transformer_is_enabled_by_itself() -> None:
-    transformer = tiny.wan_transformer()
-    dense = transformer(**wan_inputs())[0]
-    hook = enable_sparse_attention(transformer, uniform(transformer, NEAR))
-    sparse = transformer(**wan_inputs())[0]
-    twin = copy.deepcopy(transformer)
-    sites = [model.blocks[0].attn1.processor._sparse_site for model in (transformer, twin)]
-    assert int(sites[0].handle) != int(sites[1].handle)
-    assert torch.equal(twin(**wan_inputs())[0], sparse)
-    assert hook.report().sparse_calls == 2
-    disable_sparse_attention(twin)
-    assert torch.equal(twin(**wan_inputs())[0], dense)
-    assert torch.equal(transformer(**wan_inputs())[0], sparse)
-
-
-def test_a_saved_model_does_not_know_of_the_plan(tmp_path: Path) -> None:
-    pipe = tiny.wan()
-    with enable_sparse_attention(pipe, uniform(pipe, NEAR)):
-        pipe.transformer.save_pretrained(tmp_path / "enabled")
-    pipe.transformer.save_pretrained(tmp_path / "disabled")
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        enabled, disabled = tmp_path / "enabled" / name, tmp_path / "disabled" / name
-        assert enabled.read_bytes() == disabled.read_bytes()
-
-
-def test_gradients_flow_through_a_dense_plan() -> None:
-    transformer = tiny.wan_transformer()
-    weight = transformer.blocks[0].attn1.to_q.weight
-
-    def gradient() -> Tensor:
-        transformer.zero_grad()
-        transformer(**wan_inputs())[0].square().sum().backward()
-        return weight.grad.clone()
-
-    expected = gradient()
-    with enable_sparse_attention(transformer, uniform(transformer, Full())):
-        assert torch.equal(gradient(), expected)
