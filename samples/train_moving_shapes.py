@@ -17,19 +17,21 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from dit_sparse.environment import environment
+from dit_sparse.pipelines.load import load_pipeline
 from moving_shapes.denoiser import CURRICULUM, train_denoiser
 from moving_shapes.evaluation import PROMPTS, contact_sheet, verdicts
 from moving_shapes.export import GENERATION, export
-from moving_shapes.heads import KINDS, head_masses, table
+from moving_shapes.heads import DENSITY, KINDS, head_masses, table
 from moving_shapes.latents import principal_components
 from moving_shapes.progress import Progress
 from moving_shapes.text import build_tokenizer, train_text_encoder
 from moving_shapes.vae import held_out_psnr, train_vae
-from safetensors.torch import load_file, save_file
-
-from dit_sparse.pipelines.load import load_pipeline
 
 SAMPLES = Path(__file__).parent
 TEXT_STEPS = 500
@@ -70,7 +72,7 @@ def train(out: Path, work: Path, logs: Path, more: int | None) -> None:
 
 
 def judge(folder: Path, logs: Path) -> None:
-    """Write figures.json, heads.md and contact-sheet.png."""
+    """Write figures.json, figures.md, heads.md and contact-sheet.png."""
     pipe = load_pipeline(folder, torch.float32, "cpu")
     size = GENERATION["frames"], GENERATION["height"], GENERATION["width"]
     decibels = held_out_psnr(pipe.vae, HELD_OUT_CLIPS, size)
@@ -84,21 +86,51 @@ def judge(folder: Path, logs: Path) -> None:
     contact_sheet(pipe, call).save(logs / "contact-sheet.png")
     masses = head_masses(pipe, HEADS_STEPS, prompt=HEADS_PROMPT, generator=seeded(), **call)
     (logs / "heads.md").write_text(table(masses) + "\n")
-    rows = []
+    rows, machine = [], environment()
     pipe.transformer.to(torch.bfloat16)
     for scene, verdict in verdicts(pipe, PROMPTS, call):
         rows.append({"prompt": scene.prompt(), "right": verdict.right} | _parts(verdict))
         right = sum(row["right"] for row in rows)
         print(f"{right} of {len(rows)} right: {rows[-1]}", file=sys.stderr, flush=True)
     figures = {
-        "machine": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": machine["machine"]["processor"],
         "torch": torch.__version__,
+        "revision": machine["revision"],
         "vae_psnr": {"mean": statistics.mean(decibels), "worst": min(decibels)},
         "prompts_right": sum(row["right"] for row in rows) / len(rows),
         "best_kind": {kind: sum(mass.kind == kind for mass in masses) for kind in KINDS},
         "prompts": rows,
     }
     (logs / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (logs / "figures.md").write_text(summary(figures))
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    rows = figures["prompts"]
+    shares = {
+        name: sum(row[name] for row in rows) / len(rows)
+        for name in ("colors", "motion", "background", "right")
+    }
+    decibels, kinds = figures["vae_psnr"], figures["best_kind"]
+    lines = [
+        "| figure | value |",
+        "|---|---|",
+        f"| autoencoder, {HELD_OUT_CLIPS} held-out clips | {decibels['mean']:.1f} dB PSNR, "
+        f"worst {decibels['worst']:.1f} |",
+        f"| {len(rows)} held-out prompts: everything right | {shares['right']:.0%} |",
+        *(
+            f"| … {name} right | {shares[name]:.0%} |"
+            for name in ("colors", "motion", "background")
+        ),
+        f"| best static pattern of a head at {DENSITY:.0%} density, heads × 2 noise levels | "
+        + ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        + " |",
+        "",
+        f"By `python samples/train_moving_shapes.py --judge` on {figures['processor']}, "
+        f"torch {figures['torch']}, revision {figures['revision']}; the denoiser in bfloat16.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def seeded() -> torch.Generator:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, STEADY_SHARE, Scene
 from torch import Tensor
+
+from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, STEADY_SHARE, Scene
 
 SATURATED = 0.30
 """Least difference of a pixel's largest and smallest channel for it to belong to a shape."""

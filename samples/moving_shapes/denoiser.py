@@ -18,12 +18,13 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
 )
 from einops import rearrange
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
 from moving_shapes.latents import CHANNELS, Components, clips
 from moving_shapes.progress import Progress
 from moving_shapes.scene import Scene, random_scene
 from moving_shapes.text import MAX_LENGTH, WIDTH, embed
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 LAYERS = 6
 HEADS = 3

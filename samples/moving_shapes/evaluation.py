@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from moving_shapes.check import Verdict, check
-from moving_shapes.scene import Scene, random_scene
 from PIL import Image
 from torch import Tensor
+
+from moving_shapes.check import Verdict, check
+from moving_shapes.scene import Scene, random_scene
 
 PROMPTS = 60
 SHEET_PROMPTS = 6

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
 from moving_shapes.denoiser import FLOW_SHIFT
 
 GENERATION = {

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
-from moving_shapes.scene import Scene, draw, random_scene
 from torch import Tensor
+
+from moving_shapes.scene import Scene, draw, random_scene
 
 CHANNELS = 6
 """Three colors in two frames: turned, none left out."""

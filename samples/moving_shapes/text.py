@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 
 import torch
-from moving_shapes.progress import Progress
-from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, Scene, random_scene
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from moving_shapes.progress import Progress
+from moving_shapes.scene import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, Scene, random_scene
 
 WIDTH = 64
 WORDS = ("a", "and", "on", "moving", *COLORS, *SHAPES, *DIRECTIONS, *BACKGROUNDS)

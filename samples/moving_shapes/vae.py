@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from einops import rearrange
+from torch import Tensor, nn
+
 from moving_shapes.latents import CHANNELS, Components, clips, random_scenes
 from moving_shapes.progress import Progress
-from torch import Tensor, nn
 
 SIZE = (13, 64, 64)
 CROP = 24
