@@ -83,11 +83,11 @@ def judge(folder: Path, logs: Path) -> None:
         "num_inference_steps": GENERATION["steps"],
         "guidance_scale": GENERATION["guidance"],
     }
-    contact_sheet(pipe, call).save(logs / "contact-sheet.png")
     masses = head_masses(pipe, HEADS_STEPS, prompt=HEADS_PROMPT, generator=seeded(), **call)
     (logs / "heads.md").write_text(table(masses) + "\n")
     rows, machine = [], environment()
     pipe.transformer.to(torch.bfloat16)
+    contact_sheet(pipe, call).save(logs / "contact-sheet.png")
     for scene, verdict in verdicts(pipe, PROMPTS, call):
         rows.append({"prompt": scene.prompt(), "right": verdict.right} | _parts(verdict))
         right = sum(row["right"] for row in rows)
