@@ -107,7 +107,7 @@ def train_vae(progress: Progress, components: Components, steps: int) -> Any:
 class ConvolutionOptimizer:
     """Muon over convolutions as matrices, AdamW over the rest.
 
-    Muon reaches 21 dB in a hundred steps, AdamW at its best rate 16.
+    After 60 steps the decoder stood at 17.5 dB with Muon, at 15.9 with AdamW at 5e-4.
     """
 
     def __init__(self, model: nn.Module) -> None:
