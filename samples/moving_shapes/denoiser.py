@@ -9,6 +9,7 @@ import copy
 import math
 import random
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def train_denoiser(
                 mean.lerp_(value.detach(), 1 - WEIGHT_AVERAGE)
             if step % 25 == 0:
                 progress.log(
-                    f"grid {stage.size} step {step}/{steps} loss {_mean(losses[-25:]):.4f}"
+                    f"grid {stage.size} step {step}/{steps} loss {fmean(losses[-25:]):.4f}"
                 )
             progress.save(_state(model, average, optimizers, index, step))
         done = 0
@@ -211,10 +212,6 @@ def _padded_text(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 def _schedule(step: int, steps: int, final: float) -> float:
     warm = min(1.0, step / 40)
     return warm * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _state(
