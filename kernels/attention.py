@@ -2,10 +2,11 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from dit_sparse.kernels.backend import choose
-from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.blocks import BlockIndices, by_handle
 from dit_sparse.kernels.call import AttentionCall
 
 
@@ -37,7 +38,25 @@ def sparse_attention(
         query, key, value, blocks, query.shape[-1] ** -0.5 if scale is None else scale
     )
     _check(call)
+    return _operator(query, key, value, blocks.handle, call.scale, backend)
+
+
+@torch.library.custom_op("dit_sparse::sparse_attention", mutates_args=())
+def _operator(
+    query: Tensor, key: Tensor, value: Tensor, blocks: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """As an operator of PyTorch, so that compiled models run it without a break."""
+    call = AttentionCall(query, key, value, by_handle(blocks), scale)
     return choose(call, backend).run(call)
+
+
+@_operator.register_fake
+def _shapes(
+    query: Tensor, key: Tensor, value: Tensor, blocks: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=dtype)
 
 
 def _check(call: AttentionCall) -> None:
@@ -70,6 +89,11 @@ def _check(call: AttentionCall) -> None:
         raise ValueError(
             f"grid.valid_text is for a batch of {len(valid)}, got {batch}; give one count per "
             "sample"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, call.key, call.value)):
+        raise ValueError(
+            "sparse attention has no gradient, and query, key or value asks for one; call it "
+            "under torch.no_grad()"
         )
     if not math.isfinite(call.scale):
         raise ValueError(f"scale must be finite, got {call.scale}")

@@ -3,12 +3,17 @@
     patterns + grid -> order -> blocks of queries x blocks of keys -> which are touched, and how
 
 A block of keys is listed if the pattern keeps at least one of its pairs, and only then. It is
-tagged whole if it keeps all of them; otherwise partial, and the pattern itself decides inside.
+tagged whole if it keeps all of them; otherwise partial, and the pattern itself decides inside. A
+list made without patterns may also ask for keys pooled by `2^r`: runs of as many positions of the
+block, each attended to as one key, the mean of its tokens, with `ln(their number)` added to the
+logit, and as one value. Padded text is left out of means and numbers.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +24,10 @@ from dit_sparse.kernels.pattern import Pattern
 
 WHOLE = 0
 PARTIAL = -1
+ABSENT = -2
+"""Tag of a block that is not visited, in a dense table of tags; never in a `BlockIndices`."""
+
+MOST_POOLED = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,8 @@ class BlockIndices:
         key_block: int32 `[entries]`.
         tag: int8 `[entries]`: `WHOLE`, `PARTIAL`, or r > 0 for keys pooled by `2^r`.
         kept: int64 `[heads]`, pairs of tokens that each head keeps.
-        patterns: one for each head; `None` if the list came from a mask of blocks.
+        patterns: one for each head; `None` if the list came from a table of blocks.
+        handle: a number by which operators of PyTorch name this object; see `by_handle`.
     """
 
     grid: TokenGrid
@@ -71,6 +81,11 @@ class BlockIndices:
     tag: Tensor
     kept: Tensor
     patterns: tuple[Pattern, ...] | None
+    handle: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", next(_handles))
+        _live[self.handle] = self
 
     @property
     def query_blocks(self) -> int:
@@ -109,6 +124,20 @@ class BlockIndices:
             block=int(visited.sum()) / total,
             weighted=float((visited / 2.0 ** self.tag.clamp_min(0)).sum()) / total,
         )
+
+
+_handles = itertools.count()
+_live: WeakValueDictionary[int, BlockIndices] = WeakValueDictionary()
+
+
+def by_handle(handle: int) -> BlockIndices:
+    """The living BlockIndices with that handle."""
+    try:
+        return _live[handle]
+    except KeyError:
+        raise ValueError(
+            f"BlockIndices {handle} is gone; keep it as long as what was compiled with it"
+        ) from None
 
 
 def block_indices(
@@ -167,24 +196,45 @@ def from_block_mask(
     block_k: int = 128,
 ) -> BlockIndices:
     """The blocks where `mask`, bool `[heads, query_blocks, key_blocks]`, is true, all whole."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be of dtype bool, got {mask.dtype}")
+    tags = torch.where(mask, WHOLE, ABSENT).to(torch.int8)
+    return from_tags(tags, grid, order, block_q, block_k)
+
+
+def from_tags(
+    tags: Tensor,
+    grid: TokenGrid,
+    order: TokenOrder | None = None,
+    block_q: int = 128,
+    block_k: int = 128,
+) -> BlockIndices:
+    """The blocks that `tags`, int8 `[heads, query_blocks, key_blocks]`, asks for: `ABSENT`,
+    `WHOLE`, or r in 1..7 for keys pooled by `2^r` (Pyramid Sparse Attention, arXiv 2512.04025)."""
     order = raster() if order is None else order
     queries, keys = order.offsets(grid, block_q).diff(), order.offsets(grid, block_k).diff()
-    if mask.ndim != 3 or mask.shape[1:] != (len(queries), len(keys)) or mask.dtype != torch.bool:
+    if tags.ndim != 3 or tags.shape[1:] != (len(queries), len(keys)):
         raise ValueError(
-            f"mask must be bool [heads, {len(queries)}, {len(keys)}] for grid {grid} in blocks of "
-            f"{block_q} x {block_k}, got {mask.dtype} {tuple(mask.shape)}"
+            f"a table of blocks must be [heads, {len(queries)}, {len(keys)}] for grid {grid} in "
+            f"blocks of {block_q} x {block_k}, got {tuple(tags.shape)}"
         )
-    mask = mask.cpu()
-    entries = mask.nonzero()[:, 2].to(torch.int32)
+    tags = tags.cpu()
+    listed = tags != ABSENT
+    wrong = listed & ((tags < WHOLE) | (tags > MOST_POOLED))
+    if tags.dtype != torch.int8 or wrong.any():
+        raise ValueError(
+            f"tags must be int8, {ABSENT} for absent or 0..{MOST_POOLED}, got {tags.dtype} with "
+            f"{tags[wrong].unique().tolist()[:8]}"
+        )
     return _assemble(
         grid,
         order,
         block_q,
         block_k,
-        counts=mask.sum(-1).flatten(),
-        key_block=entries,
-        tag=torch.full_like(entries, WHOLE, dtype=torch.int8),
-        kept=((mask * queries[:, None]).sum(1) * keys).sum(-1),
+        counts=listed.sum(-1).flatten(),
+        key_block=listed.nonzero()[:, 2].to(torch.int32),
+        tag=tags[listed],
+        kept=(((tags == WHOLE) * queries[:, None]).sum(1) * keys).sum(-1),
         patterns=None,
     )
 

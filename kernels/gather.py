@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.cover import Cover, Prices, Rectangle, Runs, covers, visible
 from dit_sparse.kernels.merge import merge
@@ -47,9 +47,11 @@ _prepared: WeakKeyDictionary[BlockIndices, _Prepared] = WeakKeyDictionary()
 
 
 def supports(call: AttentionCall) -> str | None:
-    """CPU tensors."""
+    """CPU tensors, no pooled keys."""
     if call.query.device.type != "cpu":
         return f"runs on the CPU, the tensors are on {call.query.device}"
+    if (call.blocks.tag > WHOLE).any():
+        return "pooled keys are not built here"
     return None
 
 

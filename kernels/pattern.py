@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
+from dit_sparse.kernels.windows import Windows, everything, windows
 
 Triple = tuple[int, int, int]
 
@@ -38,6 +39,10 @@ class _Definition(ABC):
     def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether each query sees each key: raster tokens int64 `[..., n, 1]` and
         `[..., 1, m]` in, bool `[..., n, m]` out."""
+
+    def windows(self, grid: TokenGrid) -> Windows | None:
+        """The same as intervals, for the pairs of video tokens; `None` if it is made of none."""
+        return None
 
     def refusal(self, grid: TokenGrid) -> str | None:
         """Why the pattern cannot be used on `grid`, or `None`."""
@@ -61,6 +66,9 @@ class Full(_Definition):
 
     def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
         return torch.ones(_shape(queries, keys), dtype=torch.bool, device=keys.device)
+
+    def windows(self, grid: TokenGrid) -> Windows:
+        return everything(grid.tokens)
 
     def __str__(self) -> str:
         return "full"
@@ -126,6 +134,10 @@ class Band(_Definition):
         distance = self._position(grid, queries) - self._position(grid, keys)
         return _with_text(grid, queries, keys, distance.abs_() <= self.half_width)
 
+    def windows(self, grid: TokenGrid) -> Windows:
+        position = self._position(grid, torch.arange(grid.tokens))
+        return windows([(position - self.half_width, 2 * self.half_width + 1, position)])
+
     def _position(self, grid: TokenGrid, tokens: Tensor) -> Tensor:
         if self.axis_order == "raster":
             return tokens.to(torch.int32)
@@ -172,11 +184,19 @@ class Columns(_Definition):
         )
 
     def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
+        seen = self._chosen(grid, keys).expand(_shape(queries, keys))
+        return _with_text(grid, queries, keys, seen)
+
+    def windows(self, grid: TokenGrid) -> Windows:
+        chosen = self._chosen(grid, torch.arange(grid.tokens))
+        return windows([(torch.tensor(1), 1, chosen)])
+
+    def _chosen(self, grid: TokenGrid, keys: Tensor) -> Tensor:
+        """Whether each key lies in a chosen block, for video tokens."""
         chosen = torch.zeros(math.ceil(grid.video / self.block), dtype=torch.bool)
         chosen[list(self.blocks)] = True
         index = (keys - grid.text_before).clamp(0, grid.video - 1) // self.block
-        seen = chosen.to(keys.device)[index].expand(_shape(queries, keys))
-        return _with_text(grid, queries, keys, seen)
+        return chosen.to(keys.device)[index]
 
     def __str__(self) -> str:
         count = math.ceil(math.prod(self.grid) / self.block)
@@ -250,6 +270,16 @@ class Neighborhood(_Definition):
             video, "n t h w -> n (t h w)"
         )
         return seen | _is_text(grid, queries)[:, None] if grid.text else seen
+
+    def windows(self, grid: TokenGrid) -> Windows:
+        axes, group = [], torch.zeros(grid.tokens, dtype=torch.int64)
+        places = grid.coordinates(torch.arange(grid.tokens))
+        for axis, (place, dilation) in enumerate(zip(places, self.dilation, strict=True)):
+            place = place.clamp_min(0)
+            start, size = _window(grid.shape[axis], self.window[axis], self.stride[axis], dilation)
+            axes.append((start[place], size, place // dilation))
+            group = group * dilation + place % dilation
+        return windows(axes if self.dilation == (1, 1, 1) else [*axes, (group, 1, group)])
 
     def _axis(self, grid: TokenGrid, axis: int, query: Tensor, key: Tensor) -> Tensor:
         """Whether queries see keys as far as their places on one axis tell."""

@@ -3,13 +3,16 @@
 visible[i, j] = j's block is listed for i's block, and the pattern keeps (i, j) if it is tagged
                 partial, and j is not padded text
 output = softmax(scale * query key^T where visible) value;   lse = logsumexp of the same
+
+A run of pooled keys is one more key and value, the means of its tokens, and `ln(their number)` is
+added to its logits.
 """
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import PARTIAL, BlockIndices
+from dit_sparse.kernels.blocks import PARTIAL, WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 
 _MOST_TOKENS = 16384
@@ -27,19 +30,29 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Any device and floating dtype; computed in float32, or float64 for float64 inputs."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
-    logits = call.scale * einsum(query, key, "b i h d, b j h d -> b h i j")
-    for head in range(call.blocks.heads):
-        visible = element_mask(call.blocks, head).to(logits.device)
-        logits[:, head].masked_fill_(~visible, -torch.inf)
-    for sample, valid in enumerate(call.blocks.grid.valid_text or ()):
-        logits[sample, :, :, call.blocks.grid.invalid_text(valid)] = -torch.inf
-    lse = logits.logsumexp(-1)
-    weights = (logits - rearrange(lse.masked_fill(lse == -torch.inf, 0), "b h i -> b h i 1")).exp()
-    return einsum(weights, value, "b h i j, b j h d -> b i h d").to(call.query.dtype), lse
+    batch, tokens, heads, _ = query.shape
+    output, lse = torch.empty_like(query), query.new_empty(batch, heads, tokens)
+    masks = [element_mask(call.blocks, head) for head in range(heads)]
+    for sample in range(batch):
+        real = _real(call.blocks, sample)
+        for head in range(heads):
+            pool, visible = _pooled(call.blocks, head, real)
+            pool = torch.cat([torch.eye(tokens), pool]).to(query)
+            visible = torch.cat([masks[head] & real, visible], 1).to(query.device)
+            count = pool.count_nonzero(1)
+            keys, values = pool @ key[sample, :, head], pool @ value[sample, :, head]
+            logits = call.scale * einsum(query[sample, :, head], keys, "i d, j d -> i j")
+            logits = (logits + count.log()).masked_fill(~visible, -torch.inf)
+            sums = logits.logsumexp(-1)
+            safe = rearrange(sums.masked_fill(sums == -torch.inf, 0), "i -> i 1")
+            output[sample, :, head] = (logits - safe).exp() @ values
+            lse[sample, head] = sums
+    return output.to(call.query.dtype), lse
 
 
 def element_mask(blocks: BlockIndices, head: int) -> Tensor:
-    """The pairs of raster tokens that `blocks` makes `head` see, bool `[tokens, tokens]`."""
+    """The pairs of raster tokens that `blocks` makes `head` see, bool `[tokens, tokens]`; pooled
+    ones apart."""
     everything = torch.ones(blocks.grid.tokens, blocks.grid.tokens, dtype=torch.bool)
     kept = blocks.patterns[head].mask(blocks.grid) if blocks.patterns else everything
     visible = torch.zeros_like(everything)
@@ -47,5 +60,37 @@ def element_mask(blocks: BlockIndices, head: int) -> Tensor:
         queries = blocks.query_tokens(row)[:, None]
         for key_block, tag in blocks.entries(head, row):
             keys = blocks.key_tokens(key_block)
-            visible[queries, keys] = kept[queries, keys] if tag == PARTIAL else True
+            if tag in (WHOLE, PARTIAL):
+                visible[queries, keys] = kept[queries, keys] if tag == PARTIAL else True
     return visible
+
+
+def _real(blocks: BlockIndices, sample: int) -> Tensor:
+    """Which tokens of a sample are not padding, bool `[tokens]`."""
+    real = torch.ones(blocks.grid.tokens, dtype=torch.bool)
+    if blocks.grid.valid_text is not None:
+        real[blocks.grid.invalid_text(blocks.grid.valid_text[sample])] = False
+    return real
+
+
+def _pooled(blocks: BlockIndices, head: int, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The runs of pooled keys that `head` sees: weights `[runs, tokens]` that take their means,
+    and which query sees which run, bool `[tokens, runs]`."""
+    weights, visible, place = [], [], {}
+    for row in range(blocks.query_blocks):
+        for key_block, tag in blocks.entries(head, row):
+            if tag <= WHOLE:
+                continue
+            for start, run in enumerate(blocks.key_tokens(key_block).split(2**tag)):
+                tokens = run[real[run]]
+                if not len(tokens):
+                    continue
+                if (key_block, tag, start) not in place:
+                    place[key_block, tag, start] = len(weights)
+                    weights.append(torch.zeros(blocks.grid.tokens))
+                    weights[-1][tokens] = 1 / len(tokens)
+                    visible.append(torch.zeros(blocks.grid.tokens, dtype=torch.bool))
+                visible[place[key_block, tag, start]][blocks.query_tokens(row)] = True
+    if not weights:
+        return real.new_zeros(0, len(real)).float(), real.new_zeros(len(real), 0)
+    return torch.stack(weights), torch.stack(visible, 1)

@@ -1,5 +1,7 @@
 """What sparse attention computes, on every backend, against attention written out in float64."""
 
+import itertools
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -8,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dit_sparse.kernels import gather
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.backend import BACKENDS
-from dit_sparse.kernels.blocks import BlockIndices, block_indices, from_block_mask
+from dit_sparse.kernels.blocks import BlockIndices, block_indices, from_block_mask, from_tags
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
@@ -37,6 +40,10 @@ PATTERNS: list[Pattern] = [
     Neighborhood((1, 4, 5), (1, 2, 3)),
     Neighborhood((2, 2, 3), (1, 1, 2), (1, 2, 2)),
 ]
+
+
+def refuses_pooled(backend: str) -> bool:
+    return backend == "gather"
 
 
 def assert_close(came, expected, dtype: torch.dtype):
@@ -221,6 +228,49 @@ def test_G9_a_query_that_sees_padded_text_only_sees_nothing(backend: str, operan
 
 
 @every_backend
+@pytest.mark.parametrize("valid_text", [None, (5, 0)])
+def test_PS_pooled_keys_are_means_with_the_log_of_their_number(
+    backend: str, valid_text: tuple[int, int] | None, operands
+):
+    if refuses_pooled(backend):
+        pytest.skip("refuses pooled keys")
+    grid, order = TokenGrid(3, 5, 7, text_after=9, valid_text=valid_text), tile(2, 3, 4)
+    rows, columns = (len(order.offsets(grid, block)) - 1 for block in (16, 8))
+    generator = torch.Generator().manual_seed(1)
+    tags = torch.randint(-2, 4, (2, rows, columns), generator=generator, dtype=torch.int8)
+    tags[tags == -1] = -2
+    tags[0, 1] = -2
+    query, key, value = operands(grid.tokens, 2)
+    place, cuts = order.permutation(grid), order.offsets(grid, 8).tolist()
+    expected, sums = torch.zeros(query.shape, dtype=torch.float64), torch.zeros(2, 2, grid.tokens)
+    blocks_of_queries = place.tensor_split(order.offsets(grid, 16)[1:-1])
+    for sample, head, row in itertools.product(range(2), range(2), range(rows)):
+        keys, values, bias = [], [], []
+        for column, tag in enumerate(tags[head, row].tolist()):
+            if tag < 0:
+                continue
+            tokens = place[cuts[column] : cuts[column + 1]]
+            for run in tokens.split(2**tag):
+                if valid_text is not None:
+                    run = run[run < 105 + valid_text[sample]]
+                if len(run):
+                    keys.append(key[sample, run, head].double().mean(0))
+                    values.append(value[sample, run, head].double().mean(0))
+                    bias.append(math.log(len(run)))
+        tokens = blocks_of_queries[row]
+        sums[sample, head, tokens] = -math.inf
+        if keys:
+            logits = query[sample, tokens, head].double() @ torch.stack(keys).T / 40**0.5
+            logits = logits + torch.tensor(bias)
+            expected[sample, tokens, head] = logits.softmax(-1) @ torch.stack(values)
+            sums[sample, head, tokens] = logits.logsumexp(-1).float()
+    came = sparse_attention(
+        query, key, value, from_tags(tags, grid, order, 16, 8), backend=backend
+    )
+    assert_close(came, (expected, sums.double()), torch.float32)
+
+
+@every_backend
 def test_disjoint_lists_merge_to_dense(backend: str, operands, masked_attention):
     grid = GRIDS[1]
     mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -264,6 +314,42 @@ def test_prepared_values_go_with_their_blocks(operands):
     count = len(gather._prepared)
     del blocks
     assert len(gather._prepared) == count - 1
+
+
+def test_a_compiled_caller_runs_without_a_break(operands):
+    blocks = block_indices([Band(11), Skip()], GRIDS[0], None, 16, 16)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, lse = sparse_attention(2 * query, key, value, blocks)
+        return output + lse.transpose(1, 2)[..., None].exp()
+
+    query, key, value = operands(GRIDS[0].tokens, 2)
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(query, key, value), attend(query, key, value))
+
+
+def test_the_operator_is_what_it_says(operands):
+    blocks = block_indices([Band(11)], GRIDS[0], None, 16, 16)
+    operator = torch.ops.dit_sparse.sparse_attention.default
+    arguments = (*operands(GRIDS[0].tokens, 1), blocks.handle, 0.2, "auto")
+    results = torch.library.opcheck(operator, arguments, raise_exception=False)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_blocks_that_are_gone_are_named(operands):
+    handle = block_indices([Band(11)], GRIDS[0]).handle
+    query, key, value = operands(GRIDS[0].tokens, 1)
+    with pytest.raises(ValueError, match=f"BlockIndices {handle} is gone; keep it as long"):
+        torch.ops.dit_sparse.sparse_attention(query, key, value, handle, 1.0, "auto")
+
+
+def test_gradients_are_refused(operands):
+    query, key, value = operands(GRIDS[0].tokens, 1)
+    blocks = block_indices([Full()], GRIDS[0])
+    with pytest.raises(ValueError, match=r"no gradient, and .* call it under torch\.no_grad\(\)"):
+        sparse_attention(query.requires_grad_(), key, value, blocks)
+    with torch.no_grad():
+        sparse_attention(query, key, value, blocks)
 
 
 @pytest.mark.parametrize(

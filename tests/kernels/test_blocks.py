@@ -12,6 +12,7 @@ from dit_sparse.kernels.blocks import (
     Density,
     block_indices,
     from_block_mask,
+    from_tags,
 )
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
@@ -173,11 +174,16 @@ def test_valid_text_leaves_the_blocks_alone():
         (lambda: block_indices([PATTERNS[4]], TokenGrid(1, 2, 2)), "search again on this grid"),
         (
             lambda: from_block_mask(torch.ones(1, 2, 2, dtype=torch.bool), GRIDS[0]),
-            "mask must be bool [heads, 1, 1] for grid 3x5x6 in blocks of 128 x 128, got "
-            "torch.bool (1, 2, 2)",
+            "a table of blocks must be [heads, 1, 1] for grid 3x5x6 in blocks of 128 x 128, got "
+            "(1, 2, 2)",
+        ),
+        (lambda: from_block_mask(torch.ones(1, 1, 1), GRIDS[0]), "mask must be of dtype bool"),
+        (
+            lambda: from_tags(torch.full((1, 1, 1), PARTIAL, dtype=torch.int8), GRIDS[0]),
+            "tags must be int8, -2 for absent or 0..7, got torch.int8 with [-1]",
         ),
     ],
-    ids=["orders", "empty", "refused", "mask"],
+    ids=["orders", "empty", "refused", "shape", "mask", "tags"],
 )
 def test_wrong_requests_are_named(build, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):

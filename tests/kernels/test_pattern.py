@@ -19,6 +19,7 @@ from dit_sparse.kernels.pattern import (
     pattern_from_dict,
     pattern_to_dict,
 )
+from dit_sparse.kernels.windows import MOST_AXES
 
 SAMPLES: list[Pattern] = [
     Full(),
@@ -198,6 +199,19 @@ def test_pairs_of_any_tokens_agree_with_the_mask(pattern: Pattern, grid: TokenGr
     expected = pattern.mask(grid)[queries, keys]
     assert torch.equal(pattern.pairs(grid, queries, keys), expected)
     assert torch.equal(pattern.rows(grid, queries[0, :, 0]), pattern.mask(grid)[queries[0, :, 0]])
+
+
+@pytest.mark.parametrize("pattern", SAMPLES, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_windows_keep_the_pairs_of_video_tokens(pattern: Pattern, grid: TokenGrid):
+    if pattern == Skip():
+        return
+    video = torch.arange(grid.text_before, grid.text_before + grid.video)
+    windows = pattern.windows(grid)
+    assert windows is not None
+    assert len(windows.low) <= MOST_AXES
+    expected = pattern.mask(grid)[video][:, video]
+    assert torch.equal(windows.pairs(video[:, None], video[None, :]), expected)
 
 
 def test_patterns_name_the_order_that_suits_them():

@@ -340,6 +340,7 @@ def test_listed_columns_refuse_another_grid_and_name_the_layer() -> None:
         tiny.generate(pipe, height=96)
 
 
+@torch.no_grad()
 def test_an_unknown_step_is_an_error_only_where_the_schedule_needs_it() -> None:
     transformer = tiny.wan_transformer()
     inputs = wan_inputs()

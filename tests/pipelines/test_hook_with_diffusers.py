@@ -66,6 +66,7 @@ def test_the_attention_backend_set_while_enabled_is_kept() -> None:
     assert original._attention_backend == "native"
 
 
+@torch.no_grad()
 def test_a_deep_copy_of_an_enabled_transformer_is_enabled_by_itself() -> None:
     transformer = tiny.wan_transformer()
     dense = transformer(**wan_inputs())[0]

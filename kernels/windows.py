@@ -1,0 +1,45 @@
+"""Windows: a pattern as intervals, the form in which kernels decide the pairs of a partial block.
+
+    a pair is kept  <=>  on every axis:  0 <= place[key] - low[query] < size[query]
+
+A band is one interval, a neighborhood three. Kernels look only at pairs of video tokens so: blocks
+with text are listed whole.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_AXES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """`low` and `size` of every query, `place` of every key: int32 `[axes, tokens]` each, in
+    raster order; at most `MOST_AXES` axes. What they hold for text tokens means nothing.
+    """
+
+    low: Tensor
+    size: Tensor
+    place: Tensor
+
+    def pairs(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether each query keeps each key, as `Pattern.pairs` says for video tokens."""
+        offset = self.place[:, keys] - self.low[:, queries]
+        return ((offset >= 0) & (offset < self.size[:, queries])).all(0)
+
+
+def windows(axes: list[tuple[Tensor, Tensor | int, Tensor]]) -> Windows:
+    """Windows from `(low, size, place)` of each axis, integers of any dtype, `[tokens]` each."""
+    low, size, place = (
+        torch.stack([torch.as_tensor(axis[part]).expand(axis[2].shape) for axis in axes])
+        for part in range(3)
+    )
+    return Windows(*(part.to(torch.int32).contiguous() for part in (low, size, place)))
+
+
+def everything(tokens: int) -> Windows:
+    """No axis, so that every pair is kept."""
+    none = torch.empty(0, tokens, dtype=torch.int32)
+    return Windows(none, none, none)
