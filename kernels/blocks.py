@@ -84,8 +84,46 @@ class BlockIndices:
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
+        reason = self._fault()
+        if reason is not None:
+            raise ValueError(f"not a list of blocks: {reason}")
         object.__setattr__(self, "handle", next(_handles))
         _live[self.handle] = self
+
+    def _fault(self) -> str | None:
+        """What kernels would trip over: they read these tensors unchecked."""
+        rows = self.heads * (len(self.query_offsets) - 1)
+        entries = len(self.key_block)
+        for name, dtype, length in (
+            ("permutation", torch.int64, self.grid.tokens),
+            ("query_offsets", torch.int64, len(self.query_offsets)),
+            ("key_offsets", torch.int64, len(self.key_offsets)),
+            ("row_pointer", torch.int32, rows + 1),
+            ("key_block", torch.int32, entries),
+            ("tag", torch.int8, entries),
+        ):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
+                return (
+                    f"{name} must be {dtype} [{length}], got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        if not torch.equal(self.permutation.sort().values, torch.arange(self.grid.tokens)):
+            return "permutation must hold every token once"
+        for name, last in (
+            ("query_offsets", self.grid.tokens),
+            ("key_offsets", self.grid.tokens),
+            ("row_pointer", entries),
+        ):
+            tensor = getattr(self, name)
+            if tensor[0] != 0 or tensor[-1] != last or (tensor.diff() < 0).any():
+                return f"{name} must rise from 0 to {last}"
+        if entries and not 0 <= self.key_block.min() <= self.key_block.max() < self.key_blocks:
+            return f"key_block must lie in 0..{self.key_blocks - 1}"
+        if entries and not PARTIAL <= self.tag.min() <= self.tag.max() <= MOST_POOLED:
+            return f"tag must lie in {PARTIAL}..{MOST_POOLED}"
+        if self.patterns is None and (self.tag == PARTIAL).any():
+            return "a partial block needs patterns"
+        return None
 
     @property
     def query_blocks(self) -> int:

@@ -70,7 +70,7 @@ def cache_folder() -> Path:
 
 
 def _writable(path: Path) -> Path:
-    """`path` or, if nothing can be written there, a file that lasts as long as the machine runs."""
+    """`path` or, if nothing can be written there, one in a new temporary folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

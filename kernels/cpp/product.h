@@ -1,9 +1,6 @@
 // Product: small matrices multiplied in registers, TILE columns wide.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -153,34 +153,45 @@ struct Row {
       for (int64_t i = first; i < std::min(first + run, end); i++)
         if (!hidden || !hidden[call.permutation[i]]) tokens[count++] = call.permutation[i];
       if (!count) continue;
+      float* key = scratch.keys + (int64_t)keys * scratch.depth;
+      float* value = scratch.values + (int64_t)keys * scratch.width;
+      if (count == 1) {
+        copy(at(call.key, tokens[0]), key);
+        copy(at(call.value, tokens[0]), value);
+      } else {
+        mean(call.key, tokens, count, key);
+        mean(call.value, tokens, count, value);
+      }
       scratch.positions[keys] = tokens[0];
       scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
       pooled |= count > 1;
-      take(call.key, tokens, count, scratch.keys + (int64_t)keys * scratch.depth);
-      take(call.value, tokens, count, scratch.values + (int64_t)keys * scratch.width);
       if (++keys == STEP) step();
     }
   }
 
-  // The mean of some tokens, as Mode wants it.
-  void take(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {
-    const Element* first = at(operand, tokens[0]);
-    if (count == 1) {
-      if constexpr (Mode::PACKED == 2)
-        memcpy(to, first, call.head_dim * sizeof(Element));
-      else
-        for (int d = 0; d < call.head_dim; d++) to[d] = widened(first[d]);
-      return;
+  void copy(const Element* from, float* to) const {
+    if constexpr (Mode::PACKED == 1) {
+      for (int d = 0; d < call.head_dim; d++) to[d] = widened(from[d]);
+    } else {
+      constexpr int GRAIN = 16;  // of known size, a copy needs no call
+      Element* elements = (Element*)to;
+      int d = 0;
+      for (; d + GRAIN <= call.head_dim; d += GRAIN)
+        memcpy(elements + d, from + d, GRAIN * sizeof(Element));
+      for (; d < call.head_dim; d++) elements[d] = from[d];
     }
-    float* mean = Mode::PACKED == 2 ? scratch.rows : to;
-    for (int d = 0; d < call.head_dim; d++) mean[d] = widened(first[d]);
-    for (int64_t i = 1; i < count; i++) {
+  }
+
+  void mean(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {
+    float* sum = Mode::PACKED == 2 ? scratch.rows : to;
+    for (int d = 0; d < call.head_dim; d++) sum[d] = 0.f;
+    for (int64_t i = 0; i < count; i++) {
       const Element* next = at(operand, tokens[i]);
-      for (int d = 0; d < call.head_dim; d++) mean[d] += widened(next[d]);
+      for (int d = 0; d < call.head_dim; d++) sum[d] += widened(next[d]);
     }
-    for (int d = 0; d < call.head_dim; d++) mean[d] /= count;
+    for (int d = 0; d < call.head_dim; d++) sum[d] /= count;
     if constexpr (Mode::PACKED == 2)
-      for (int d = 0; d < call.head_dim; d++) narrow(mean[d], ((Element*)to)[d]);
+      for (int d = 0; d < call.head_dim; d++) narrow(sum[d], ((Element*)to)[d]);
   }
 
   // Let every tile of queries look at the keys that were taken.

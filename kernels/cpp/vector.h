@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16, WIDE = 4;
 #elif defined(__AVX__)
@@ -21,7 +25,16 @@ INLINE Vector all(float x) { return x - (Vector){}; }
 INLINE Vector where(Bits mask, Vector yes, Vector no) {
   return (Vector)((mask & (Bits)yes) | (~mask & (Bits)no));
 }
-INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+// The larger one, and `b` if either is not a number. Compilers do not find the instruction.
+INLINE Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 INLINE bool any(Bits mask) {
   int64_t words[LANES / 2], found = 0;
@@ -35,7 +48,7 @@ INLINE bool any(Bits mask) {
 // long. ROUGH is for what is rounded to 8 bits afterwards. NaN stays NaN.
 template <bool ROUGH>
 INLINE Vector exp2(Vector x) {
-  x = x < all(-64.f) ? all(-64.f) : x;
+  x = larger(all(-64.f), x);
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: integers are its units in the last place
   const Vector rounded = x + shift, part = x - (rounded - shift);
   Vector y;

@@ -17,7 +17,7 @@ def call_on(device: str) -> AttentionCall:
 
 
 def test_auto_takes_the_first_backend_that_accepts():
-    assert choose(call_on("cpu")).name == BACKENDS[0].name == "gather"
+    assert choose(call_on("cpu")).name == BACKENDS[0].name == "native"
     assert choose(call_on("meta")).name == "reference"
 
 
@@ -33,7 +33,7 @@ def test_a_named_backend_never_falls_back():
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; use one of auto, gather, ref"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; use one of auto, native, gath"):
         choose(call_on("cpu"), "cuda")
 
 

@@ -1,4 +1,6 @@
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +190,33 @@ def test_valid_text_leaves_the_blocks_alone():
 def test_wrong_requests_are_named(build, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"key_block": torch.tensor([0, 4])},
+            "key_block must be torch.int32 [2], got torch.int64",
+        ),
+        ({"key_block": torch.tensor([0, 6], dtype=torch.int32)}, "key_block must lie in 0..5"),
+        ({"tag": torch.tensor([0, 8], dtype=torch.int8)}, "tag must lie in -1..7"),
+        ({"tag": torch.tensor([0, -1], dtype=torch.int8)}, "a partial block needs patterns"),
+        (
+            {"row_pointer": torch.tensor([0, 3, 2, 2, 2, 2, 2], dtype=torch.int32)},
+            "row_pointer must rise from 0 to 2",
+        ),
+        ({"key_offsets": torch.arange(7) * 17}, "key_offsets must rise from 0 to 90"),
+        (
+            {"permutation": torch.zeros(90, dtype=torch.int64)},
+            "permutation must hold every token once",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_lists_that_kernels_would_trip_over_are_refused(change: dict[str, Any], message: str):
+    mask = torch.zeros(1, 6, 6, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 1, 4] = True
+    blocks = from_block_mask(mask, GRIDS[0], None, 16, 16)
+    with pytest.raises(ValueError, match=re.escape(f"not a list of blocks: {message}")):
+        replace(blocks, **change)

@@ -1,0 +1,197 @@
+"""The C++ backend by itself: what PyTorch's table of backends cannot ask of it."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_sparse.kernels import compiler, native
+from dit_sparse.kernels.attention import sparse_attention
+from dit_sparse.kernels.blocks import block_indices, from_block_mask
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Skip
+
+GRID = TokenGrid(3, 7, 11, text_after=9, valid_text=(4, 9))
+PATTERNS = [Full(), Skip(), Band(40), Band(9, "pixel_major"), Neighborhood((3, 3, 5), (1, 2, 1))]
+FLAGS = compiler.instruction_sets()
+SETS = sorted({FLAGS[:count] for count in (0, 2, 6, len(FLAGS))}, key=len)
+
+pytestmark = pytest.mark.skipif(
+    isinstance(compiler.library(FLAGS), str), reason="no C++ compiler here"
+)
+
+
+def visible() -> torch.Tensor:
+    kept = torch.stack([pattern.mask(GRID) for pattern in PATTERNS]).expand(2, -1, -1, -1).clone()
+    for sample, valid in enumerate(GRID.valid_text or ()):
+        kept[sample, :, :, GRID.invalid_text(valid)] = False
+    return kept
+
+
+@pytest.mark.parametrize("flags", SETS, ids=lambda flags: flags[-1] if flags else "baseline")
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)]
+)
+@pytest.mark.parametrize("head_dim", [13, 64, 88, 128, 256])
+def test_every_instruction_set_computes_the_same(
+    flags: tuple[str, ...], dtype: torch.dtype, bound: float, head_dim: int, operands,
+    masked_attention, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(native, "instruction_sets", lambda: flags)
+    query, key, value = operands(GRID.tokens, len(PATTERNS), head_dim, dtype=dtype)
+    expected, sums = masked_attention(query, key, value, visible())
+    blocks = block_indices(PATTERNS, GRID, Band(40).order, 100, 48)
+    output, lse = sparse_attention(query, key, value, blocks, backend="native")
+    assert (output.double() - expected).norm() / expected.norm() <= bound
+    seen = sums.isfinite()
+    assert torch.equal(lse.isneginf(), ~seen)
+    # Logits themselves are rounded to 8 bits nowhere: the sums are as good as the inputs.
+    scale = sums[seen].abs().clamp_min(1)
+    exponent_bound = 1e-5 if dtype == torch.float32 else 2e-4
+    assert ((lse[seen] - sums[seen]).abs() / scale).max() <= exponent_bound
+
+
+def poisoned_where_floating(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+
+def test_every_element_is_written(operands, monkeypatch: pytest.MonkeyPatch):
+    blocks = block_indices(PATTERNS, GRID, Band(40).order, 100, 48)
+    query, key, value = operands(GRID.tokens, len(PATTERNS))
+    plain = sparse_attention(query, key, value, blocks, backend="native")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned_where_floating(empty(*a, **k)))
+    poisoned = sparse_attention(query, key, value, blocks, backend="native")
+    assert all(torch.equal(a, b) for a, b in zip(plain, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_finite_scale(scale: float, dtype: torch.dtype, operands, masked_attention):
+    grid = TokenGrid(2, 5, 7)
+    query, key, value = operands(grid.tokens, 1, dtype=dtype)
+    expected, _ = masked_attention(query * scale * 40**0.5, key, value, torch.tensor(True))
+    if dtype == torch.bfloat16:
+        expected, _ = masked_attention(
+            query.double() * scale * 40**0.5, key, value, torch.tensor(True)
+        )
+    blocks = block_indices([Full()], grid)
+    output, _ = sparse_attention(query, key, value, blocks, scale=scale, backend="native")
+    bound = 2e-6 if dtype == torch.float32 else 4e-3
+    assert (output.double() - expected).norm() / expected.norm() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_goes_where_attention_takes_it(
+    dtype: torch.dtype, which: str, bad: float, operands
+):
+    grid = TokenGrid(1, 4, 32)
+    mask = torch.eye(2, dtype=torch.bool)[None]
+    names = dict(zip(("query", "key", "value"), operands(grid.tokens, 1, 64), strict=True))
+    names = {name: tensor[:1].to(dtype) for name, tensor in names.items()}
+    names[which][0, 5, 0, 3] = bad
+    output, _ = sparse_attention(
+        **names, blocks=from_block_mask(mask, grid, None, 64, 64), backend="native"
+    )
+    halves = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(names[name][:, rows].transpose(1, 2) for name in ("query", "key", "value"))
+        ).transpose(1, 2)
+        for rows in (slice(64), slice(64, 128))
+    ]
+    assert torch.equal(output.isfinite(), torch.cat(halves, 1).isfinite())
+
+
+def test_no_samples_and_strange_strides(operands):
+    grid = TokenGrid(2, 5, 7)
+    blocks = block_indices([Band(11)] * 2, grid)
+    none = torch.empty(0, grid.tokens, 2, 40)
+    output, lse = sparse_attention(none, none, none, blocks, backend="native")
+    assert output.shape == none.shape
+    assert lse.shape == (0, 2, grid.tokens)
+    query, key, value = operands(grid.tokens, 2)
+    expected = sparse_attention(query, key, value, blocks, backend="native")
+    apart = [torch.stack([x, -x], -1)[..., 0] for x in (query, key, value)]
+    shifted = []
+    for x in (query, key, value):
+        storage = torch.empty(x.numel() + 1)
+        shifted.append(storage[1:].view(x.shape).copy_(x))
+    for operand in (apart, shifted):
+        came = sparse_attention(*operand, blocks, backend="native")
+        assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
+def test_memory_does_not_grow_with_tokens():
+    """What one call holds beside its inputs and outputs, for 32 times the tokens."""
+    script = (
+        "import resource, torch\n"
+        "from dit_sparse.kernels.attention import sparse_attention\n"
+        "from dit_sparse.kernels.blocks import from_block_mask\n"
+        "from dit_sparse.kernels.grid import TokenGrid\n"
+        "torch.set_num_threads(2)\n"
+        "def call(rows):\n"
+        "    grid = TokenGrid(1, rows, 256)\n"
+        "    mask = torch.eye(rows * 2, dtype=torch.bool)[None]\n"
+        "    q = torch.randn(1, grid.tokens, 1, 64)\n"
+        "    return sparse_attention(q, q, q, from_block_mask(mask, grid), backend='native')\n"
+        "call(16)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "call(512)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    operand = 131_072 * 64 * 4 / 1024
+    assert int(shown) < 3 * operand, "input and output are two; kilobytes"
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiler, "library", compiler.library.__wrapped__)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert compiler.library(()) == (
+        "needs a C++ compiler; install g++ or clang++, or name one in CXX"
+    )
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = tmp_path / "broken-g++"
+    broken.write_text("#!/bin/sh\necho 'attend.cpp: out of ideas' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    reason = compiler.library.__wrapped__(())
+    assert reason == f"{broken} failed: attend.cpp: out of ideas"
+    assert not list((tmp_path / "dit_sparse").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert not isinstance(compiler.library.__wrapped__(()), str)
+    assert len(list(tmp_path.glob("dit_sparse-*/attend-*.so"))) == 1
+
+
+def test_two_processes_may_compile_at_once(tmp_path: Path):
+    script = "from dit_sparse.kernels.compiler import library; print(library(()))"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    shown = [process.communicate()[0] for process in started]
+    assert all("<CDLL" in text for text in shown), shown
+    assert len(list((tmp_path / "dit_sparse").iterdir())) == 1
