@@ -240,7 +240,7 @@ def test_a_pattern_survives_json(pattern: Pattern):
 
 
 def test_every_kind_is_known():
-    assert list(PATTERNS) == ["full", "skip", "band", "columns", "neighborhood"]
+    assert list(PATTERNS) == ["full", "skip", "band", "columns", "sink", "neighborhood"]
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_every_kind_is_known():
         ({}, "unknown pattern kind None"),
         ({"kind": "band", "half_width": 3, "wide": 1}, "pattern 'band' has no field wide; it"),
         ({"kind": "band"}, "pattern 'band' is incomplete"),
-        ({"kind": "band", "half_width": 3.5}, "half_width of pattern 'band' must be int, got 3.5"),
-        ({"kind": "band", "half_width": True}, "half_width of pattern 'band' must be int"),
+        ({"kind": "band", "half_width": 3.5}, "half_width of pattern 'band' must be an integer, got 3.5"),
+        ({"kind": "band", "half_width": True}, "half_width of pattern 'band' must be an integer"),
         ({"kind": "band", "half_width": -3}, "half_width must not be negative, got -3"),
         ({"kind": "neighborhood", "window": [3, 3]}, "window of pattern 'neighborhood' must be"),
     ],
@@ -266,7 +266,7 @@ def test_wrong_json_is_named(data: dict[str, Any], message: str):
     [
         (
             lambda: Band(1, WRONG),
-            "axis_order must be 'raster' or 'pixel_major', got 'tile'",
+            "axis_order must be 'raster', 'pixel_major' or 'in_frame', got 'tile'",
         ),
         (lambda: Band.of_density(0.0, GRIDS[0]), "density must be in (0, 1], got 0.0"),
         (lambda: Columns((), 8, (3, 4, 5)), "ascending indices in 0..7 for grid 3x4x5"),
