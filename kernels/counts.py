@@ -1,11 +1,13 @@
 """PairCounts: how many pairs of each block of queries and block of keys a pattern keeps.
 
-Where a pattern is made of windows and its windows follow from each query's own place, blocks are
-taken apart into boxes of places, and the pairs of two boxes are a product over the axes:
+Where a pattern is made of windows, and its windows follow from each query's own place and never
+move back, blocks are taken apart into boxes of places. The pairs of two boxes are a product:
 
     pairs(box, box') = product over axes of  sum over u in box: |window(u) and box'|
 
-which is exact and needs no token pairs. Everything else is counted pair by pair.
+which is exact, in closed form, and needs no pair of tokens. Where there is one axis only and
+blocks are no boxes of it, the queries of a block that see each place are counted. All else is
+counted pair by pair.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from dit_sparse.kernels.pattern import Pattern, Skip
 from dit_sparse.kernels.windows import Windows
 
 _AT_ONCE = 1 << 22  # numbers held in one step
-_MOST_BOXES = 1 << 24  # pairs of boxes that are always worth it; past it, compared with those of tokens
+_MOST_BOXES = 1 << 24  # pairs of boxes that are few on any grid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,10 +49,12 @@ def pair_counts(
         return
     windows = pattern.windows(grid)
     sides = None if windows is None else _sides(windows, grid, queries, keys)
-    if sides is None:
-        yield from _by_pairs(pattern, grid, queries, keys)
-    else:
+    if sides is not None:
         yield from _by_boxes(*sides, grid, queries, keys)
+    elif windows is not None and len(windows.place) == 1:
+        yield from _by_places(windows, grid, queries, keys)
+    else:
+        yield from _by_pairs(pattern, grid, queries, keys)
 
 
 def _by_pairs(
@@ -59,6 +63,26 @@ def _by_pairs(
     # One block of queries at a time: block * tokens booleans, never tokens * tokens.
     for row, block in enumerate(queries.tokens.tensor_split(queries.offsets[1:-1])):
         kept = _column_sums(pattern.rows(grid, block))[keys.tokens]
+        cumulative = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+        yield slice(row, row + 1), cumulative[keys.offsets].diff()[None]
+
+
+def _by_places(
+    windows: Windows, grid: TokenGrid, queries: Cut, keys: Cut
+) -> Iterator[tuple[slice, Tensor]]:
+    video = slice(grid.text_before, grid.text_before + grid.video)
+    blocks = _video_blocks(grid, queries)
+    low, high, place = windows.low[0], windows.low[0] + windows.size[0], windows.place[0]
+    first, places = int(place[video].min()), int(place[video].max()) + 1 - int(place[video].min())
+    place = place[keys.tokens[video]] - first
+    for row, block in enumerate(queries.tokens.tensor_split(queries.offsets[1:-1])):
+        kept = torch.full((grid.tokens,), len(block))
+        if blocks.start <= row < blocks.stop:
+            opened, closed = (
+                (edge[block] - first).clamp(0, places).bincount(minlength=places + 1)
+                for edge in (low, torch.maximum(low, high))
+            )
+            kept[video] = (opened - closed).cumsum(0)[place]
         cumulative = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
         yield slice(row, row + 1), cumulative[keys.offsets].diff()[None]
 
@@ -83,22 +107,25 @@ class _Boxes:
 def _sides(
     windows: Windows, grid: TokenGrid, queries: Cut, keys: Cut
 ) -> tuple[list[Tensor], _Boxes, _Boxes] | None:
-    """Each axis as low and size by place, int64 `[2, places]`, and the boxes of both sides; `None`
-    if a query's window does not follow from its place, or if the blocks are no boxes."""
+    """Each axis as first and last edge of the window by place, int64 `[2, places]`, and the boxes
+    of both sides; `None` if the windows are not as the head of this file asks, or if the blocks
+    are no boxes."""
     video = slice(grid.text_before, grid.text_before + grid.video)
     low, size, place = (x[:, video].long() for x in (windows.low, windows.size, windows.place))
     axes = []
     for axis in range(len(place)):
-        window = torch.stack([low[axis], size[axis]])
-        # A place without a query has an empty window.
-        table = torch.zeros(2, int(place[axis].max()) + 1, dtype=torch.int64)
-        table[:, place[axis]] = window
-        if place[axis].min() < 0 or not torch.equal(table[:, place[axis]], window):
+        if place[axis].min() < 0:
+            return None
+        edges = torch.stack([low[axis], low[axis] + size[axis]])
+        table = torch.full((2, int(place[axis].max()) + 1), int(edges.min()))
+        table[:, place[axis]] = edges
+        table = table.cummax(1).values
+        if not torch.equal(table[:, place[axis]], edges):
             return None
         axes.append(table)
     query_boxes = _boxes(place, grid, queries)
     key_boxes = query_boxes if keys is queries else _boxes(place, grid, keys)
-    if len(query_boxes.block) * len(key_boxes.block) > max(_MOST_BOXES, grid.video**2 >> 6):
+    if len(query_boxes.block) * len(key_boxes.block) > max(_MOST_BOXES, grid.video**2 >> 7):
         return None
     return axes, query_boxes, key_boxes
 
@@ -149,16 +176,16 @@ def _by_boxes(
     axes: list[Tensor], query: _Boxes, key: _Boxes, grid: TokenGrid, queries: Cut, keys: Cut
 ) -> Iterator[tuple[slice, Tensor]]:
     tables = []
-    for axis, (low, size) in enumerate(axes):
+    for axis, edges in enumerate(axes):
         ranges = [
             torch.stack([box.low[axis], box.high[axis]]).unique(dim=1, return_inverse=True)
             for box in (query, key)
         ]
         (of_query, query_range), (of_key, key_range) = ranges
-        tables.append((_overlaps(low, size, of_query, of_key), query_range, key_range))
+        tables.append((_overlaps(edges, of_query, of_key), query_range, key_range))
     sizes, columns = queries.offsets.diff(), keys.offsets.diff()
     video = _video_blocks(grid, keys)
-    edges = torch.searchsorted(key.block, torch.arange(video.start, video.stop + 1))
+    stops = torch.searchsorted(key.block, torch.arange(video.start, video.stop + 1))
     starts = torch.searchsorted(query.block, torch.arange(len(sizes) + 1)).tolist()
     per_block = max(len(query.block) // len(sizes), 1) * max(len(key.block), len(columns))
     step = max(_AT_ONCE // per_block, 1)
@@ -170,7 +197,7 @@ def _by_boxes(
         for table, query_range, key_range in tables:
             product *= table[query_range[boxes, None], key_range]
         if len(key.block) > video.stop - video.start:
-            product = torch.nn.functional.pad(product.cumsum(1), (1, 0))[:, edges].diff()
+            product = torch.nn.functional.pad(product.cumsum(1), (1, 0))[:, stops].diff()
         # Rows without boxes are those of text, which sees everything.
         own = query.block[boxes] - first
         counts[own, video] = 0
@@ -178,18 +205,30 @@ def _by_boxes(
         yield blocks, counts
 
 
-def _overlaps(low: Tensor, size: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+def _overlaps(edges: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Pairs of places that each range of queries and range of keys keep: ranges int64
     `[2, ranges]`, int64 `[query ranges, key ranges]` out."""
-    bounds, index = keys.unique(return_inverse=True)
-    below = []
-    for part in bounds.split(max(_AT_ONCE // len(low), 1)):
-        # Keys of the window of each place that lie below each bound, summed over places.
-        count = torch.minimum((part - low[:, None]).clamp_min(0), size[:, None])
-        sums = torch.nn.functional.pad(count.cumsum(0), (0, 0, 1, 0))
-        below.append(sums[queries[1]] - sums[queries[0]])
-    table = torch.cat(below, 1)
-    return table[:, index[1]] - table[:, index[0]]
+    first, last = edges
+    return torch.cat(
+        [
+            _below(first, queries, stop)
+            - _below(last, queries, stop)
+            - _below(first, queries, start)
+            + _below(last, queries, start)
+            for start, stop in (
+                part.unbind() for part in keys.split(max(_AT_ONCE // queries.shape[1], 1), 1)
+            )
+        ],
+        1,
+    )
+
+
+def _below(edge: Tensor, ranges: Tensor, bounds: Tensor) -> Tensor:
+    """Sum over the places u of each range of `max(bound - edge[u], 0)`; edges ascend."""
+    sums = torch.nn.functional.pad(edge.cumsum(0), (1, 0))
+    reach = torch.searchsorted(edge, bounds.contiguous())
+    start, stop = (torch.minimum(end[:, None], reach) for end in ranges)
+    return (stop - start) * bounds - (sums[stop] - sums[start])
 
 
 def _video_blocks(grid: TokenGrid, side: Cut) -> slice:

@@ -124,7 +124,10 @@ def _repo_blocks(frames: int, size: int, decay: float) -> Tensor:
         many = torch.tensor(rows[first : first + len(above)])[:, None]
         sums = {}
         for width in {reach[abs(i - j)] for j in range(frames)} - {-1}:
-            top, bottom = torch.maximum(above, columns - width), torch.minimum(below, columns + width)
+            top, bottom = (
+                torch.maximum(above, columns - width),
+                torch.minimum(below, columns + width),
+            )
             count = (bottom - top + 1).clamp_min(0)
             sums[width] = [
                 torch.nn.functional.pad(part.cumsum(1), (1, 0))

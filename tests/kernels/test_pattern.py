@@ -250,7 +250,10 @@ def test_every_kind_is_known():
         ({}, "unknown pattern kind None"),
         ({"kind": "band", "half_width": 3, "wide": 1}, "pattern 'band' has no field wide; it"),
         ({"kind": "band"}, "pattern 'band' is incomplete"),
-        ({"kind": "band", "half_width": 3.5}, "half_width of pattern 'band' must be an integer, got 3.5"),
+        (
+            {"kind": "band", "half_width": 3.5},
+            "half_width of pattern 'band' must be an integer, got 3.5",
+        ),
         ({"kind": "band", "half_width": True}, "half_width of pattern 'band' must be an integer"),
         ({"kind": "band", "half_width": -3}, "half_width must not be negative, got -3"),
         ({"kind": "neighborhood", "window": [3, 3]}, "window of pattern 'neighborhood' must be"),
