@@ -5,6 +5,7 @@ Data goes to standard output, progress and errors to standard error. Exit codes:
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -143,16 +144,9 @@ def search(
         if any(prompt.seed is not None or prompt.negative_text for prompt in asked):
             say("note: the search uses the prompts alone, not their seeds and negative prompts")
         session = _session(
-            model,
-            steps=steps,
-            seed=seed,
-            height=height,
-            width=width,
-            frames=frames,
-            guidance=guidance,
-            dtype=dtype,
-            device=device,
-        )
+            model, steps=steps, seed=seed, height=height, width=width, frames=frames,
+            guidance=guidance, dtype=dtype, device=device,
+        )  # fmt: skip
         settings = session.settings
         check(session.pipe, settings, None)
         prepare_folder(out)
@@ -203,17 +197,9 @@ def generate(
     asked = prompts_of(prompts, prompt)
     loaded = None if plan is None else _plan(plan)
     session = _session(
-        model,
-        steps=steps,
-        seed=seed,
-        height=height,
-        width=width,
-        frames=frames,
-        guidance=guidance,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-    )
+        model, steps=steps, seed=seed, height=height, width=width, frames=frames,
+        guidance=guidance, dtype=dtype, device=device, backend=backend,
+    )  # fmt: skip
     rows = []
     with progress("generate", len(asked)) as on_step:
         for outcome in run(
@@ -268,17 +254,9 @@ def compare(
         raise ValueError("two of the plans have the same folder name; rename one")
     _refuse_existing(out / "comparison.json", overwrite)
     session = _session(
-        model,
-        steps=steps,
-        seed=seed,
-        height=height,
-        width=width,
-        frames=frames,
-        guidance=guidance,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-    )
+        model, steps=steps, seed=seed, height=height, width=width, frames=frames,
+        guidance=guidance, dtype=dtype, device=device, backend=backend,
+    )  # fmt: skip
     for loaded in plans.values():
         check(session.pipe, session.settings, loaded)
     prepare_folder(out)
@@ -325,10 +303,8 @@ def show(
     if pattern is not None:
         from dit_sparse.kernels.pattern_text import pattern_from_text
 
-        value = pattern_from_text(pattern)
-        target = figure or Path("out") / f"{value.kind}.png"
-        picture = plot_pattern(value, grid_of(grid or "5x8x8"), target)
-        say(f"wrote {target}")
+        picture = plot_pattern(pattern_from_text(pattern), grid_of(grid or "5x8x8"), figure)
+        say(f"wrote {picture['figure']}")
         print_picture(picture, json_output)
         return
     assert plan is not None
@@ -400,8 +376,6 @@ def main() -> None:
 
 
 def _debugging() -> bool:
-    import os
-
     return os.environ.get("DIT_SPARSE_LOG_LEVEL", "").lower() == "debug"
 
 

@@ -26,7 +26,7 @@ SHORT = {
     "any_of": "A",
 }
 MOST_DRAWN = 2500  # tokens; their pairs become pixels
-BLOCK = 64
+BLOCK = 16  # tokens of a block in the picture of a pattern, whose grid is small
 # Nothing, some and all of a block or pair; the query itself.
 LEVELS = ListedColormap(["#f4f4f1", "#9fc3dd", "#1f5a8c", "#e4572e"])
 
@@ -73,9 +73,11 @@ def plot_plan(summary: PlanSummary, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_pattern(pattern: Pattern, grid: tuple[int, int, int], path: Path) -> dict[str, Any]:
+def plot_pattern(
+    pattern: Pattern, grid: tuple[int, int, int], path: Path | None = None
+) -> dict[str, Any]:
     """Draw which key each query sees, the blocks that this makes a kernel visit, and the frames as
-    the query in their middle sees them, as a PNG; says what was drawn.
+    the query in their middle sees them, as a PNG, by default out/<kind>.png; says what was drawn.
 
     Raises:
         ValueError: the pattern refuses the grid, or the grid is too large for a picture.
@@ -86,6 +88,7 @@ def plot_pattern(pattern: Pattern, grid: tuple[int, int, int], path: Path) -> di
             f"a picture holds at most {MOST_DRAWN} tokens, grid {tokens} has {tokens.video}; "
             "draw the pattern on a smaller one: --grid 5x8x8"
         )
+    path = path or Path("out") / f"{pattern.kind}.png"
     blocks = block_indices((pattern,), tokens, block_q=BLOCK, block_k=BLOCK)
     density = blocks.density()
     figure = Figure(figsize=(10, 7.6), layout="constrained")
