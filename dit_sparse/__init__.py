@@ -4,7 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
+    from dit_sparse.kernels.pattern import (
+        AnyOf,
+        Band,
+        Columns,
+        Full,
+        Neighborhood,
+        Radial,
+        Sink,
+        Skip,
+    )
     from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
     from dit_sparse.pipelines.plan import Plan, Schedule
     from dit_sparse.search.budget import Budget
@@ -13,13 +22,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnyOf",
     "Band",
     "Budget",
     "Columns",
     "Full",
     "Neighborhood",
     "Plan",
+    "Radial",
     "Schedule",
+    "Sink",
     "Skip",
     "disable_sparse_attention",
     "enable_sparse_attention",
@@ -27,13 +39,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AnyOf": "dit_sparse.kernels.pattern",
     "Band": "dit_sparse.kernels.pattern",
     "Budget": "dit_sparse.search.budget",
     "Columns": "dit_sparse.kernels.pattern",
     "Full": "dit_sparse.kernels.pattern",
     "Neighborhood": "dit_sparse.kernels.pattern",
     "Plan": "dit_sparse.pipelines.plan",
+    "Radial": "dit_sparse.kernels.pattern",
     "Schedule": "dit_sparse.pipelines.plan",
+    "Sink": "dit_sparse.kernels.pattern",
     "Skip": "dit_sparse.kernels.pattern",
     "disable_sparse_attention": "dit_sparse.pipelines.hook",
     "enable_sparse_attention": "dit_sparse.pipelines.hook",

@@ -5,7 +5,9 @@ Data goes to standard output, progress and errors to standard error. Exit codes:
 """
 
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,26 +16,43 @@ import typer
 from dit_sparse.options import (
     BackendOption,
     DeviceOption,
+    DilationOption,
     DtypeOption,
     FramesOption,
+    GridOption,
     GuidanceOption,
     HeightOption,
     JsonOption,
+    KVTileOption,
     ModelOption,
     OutOption,
     OverwriteOption,
+    PatternTextOption,
     PromptOption,
     PromptsOption,
+    QTileOption,
     SeedOption,
     StepsOption,
+    StrideOption,
     WidthOption,
+    WindowOption,
+    check_simulated,
+    counts_of,
     grid_of,
+    prompts_of,
 )
-from dit_sparse.terminal import output, print_comparison, print_plan, progress, say
+from dit_sparse.terminal import (
+    output,
+    print_bounds,
+    print_comparison,
+    print_picture,
+    print_plan,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.plan import Plan
-    from dit_sparse.prompts import Prompt
 
 app = typer.Typer(
     name="dit-sparse",
@@ -121,20 +140,13 @@ def search(
         from dit_sparse.search.driver import search_plan
 
         assert model is not None
-        asked = _read_prompts(prompts, None)
+        asked = prompts_of(prompts, None)
         if any(prompt.seed is not None or prompt.negative_text for prompt in asked):
             say("note: the search uses the prompts alone, not their seeds and negative prompts")
         session = _session(
-            model,
-            steps=steps,
-            seed=seed,
-            height=height,
-            width=width,
-            frames=frames,
-            guidance=guidance,
-            dtype=dtype,
-            device=device,
-        )
+            model, steps=steps, seed=seed, height=height, width=width, frames=frames,
+            guidance=guidance, dtype=dtype, device=device,
+        )  # fmt: skip
         settings = session.settings
         check(session.pipe, settings, None)
         prepare_folder(out)
@@ -182,20 +194,12 @@ def generate(
     """Generate a folder for every prompt; those that are there already are skipped."""
     from dit_sparse.generate import generate as run
 
-    asked = _read_prompts(prompts, prompt)
+    asked = prompts_of(prompts, prompt)
     loaded = None if plan is None else _plan(plan)
     session = _session(
-        model,
-        steps=steps,
-        seed=seed,
-        height=height,
-        width=width,
-        frames=frames,
-        guidance=guidance,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-    )
+        model, steps=steps, seed=seed, height=height, width=width, frames=frames,
+        guidance=guidance, dtype=dtype, device=device, backend=backend,
+    )  # fmt: skip
     rows = []
     with progress("generate", len(asked)) as on_step:
         for outcome in run(
@@ -208,15 +212,7 @@ def generate(
             plan_source=plan,
             on_step=on_step,
         ):
-            rows.append(
-                {
-                    "prompt": outcome.prompt,
-                    "folder": str(outcome.folder),
-                    "state": outcome.state,
-                    "seconds": outcome.seconds,
-                    "reason": outcome.reason,
-                }
-            )
+            rows.append(asdict(outcome) | {"folder": str(outcome.folder)})
             took = "" if outcome.seconds is None else f" in {outcome.seconds:.1f} s"
             why = "" if outcome.reason is None else f": {outcome.reason}"
             say(f"{outcome.state}{took}: {outcome.folder}{why}")
@@ -252,23 +248,15 @@ def compare(
     from dit_sparse.generate import check
     from dit_sparse.runs import prepare_folder
 
-    asked = _read_prompts(prompts, prompt)
+    asked = prompts_of(prompts, prompt)
     plans = {_name(source): _plan(source) for source in plan}
     if len(plans) < len(plan):
         raise ValueError("two of the plans have the same folder name; rename one")
     _refuse_existing(out / "comparison.json", overwrite)
     session = _session(
-        model,
-        steps=steps,
-        seed=seed,
-        height=height,
-        width=width,
-        frames=frames,
-        guidance=guidance,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-    )
+        model, steps=steps, seed=seed, height=height, width=width, frames=frames,
+        guidance=guidance, dtype=dtype, device=device, backend=backend,
+    )  # fmt: skip
     for loaded in plans.values():
         check(session.pipe, session.settings, loaded)
     prepare_folder(out)
@@ -291,20 +279,35 @@ def compare(
 
 @app.command()
 def show(
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="Folder or Hub id of a plan.")],
+    plan: Annotated[
+        str | None, typer.Argument(metavar="PLAN", help="Folder or Hub id of a plan.")
+    ] = None,
+    pattern: PatternTextOption = None,
     grid: Annotated[
-        str | None, typer.Option(metavar="TxHxW", help="Token grid; default: the searched one.")
+        str | None,
+        typer.Option(metavar="TxHxW", help="Default: the plan's, or 5x8x8 for a pattern."),
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Default: out/<plan>.png")
+        Path | None,
+        typer.Option("--figure", "--out", metavar="PNG", help="Default: out/<what is shown>.png"),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Print a plan as a table and draw it as a heat map, layer by head."""
+    """Print a plan as a table and draw it as a heat map, layer by head; or draw one pattern."""
     from dit_sparse.plan_summary import plan_summary
-    from dit_sparse.plots import plot_plan
+    from dit_sparse.plots import plot_pattern, plot_plan
     from dit_sparse.runs import prepare_folder
 
+    if (plan is None) == (pattern is None):
+        raise typer.BadParameter("give a plan to show, or --pattern TEXT to draw; one of the two")
+    if pattern is not None:
+        from dit_sparse.kernels.pattern_text import pattern_from_text
+
+        picture = plot_pattern(pattern_from_text(pattern), grid_of(grid or "5x8x8"), figure)
+        say(f"wrote {picture['figure']}")
+        print_picture(picture, json_output)
+        return
+    assert plan is not None
     summary = plan_summary(_plan(plan), None if grid is None else grid_of(grid))
     if summary.grid is not None or figure is not None:
         target = figure or Path("out") / f"{_name(plan)}.png"
@@ -312,6 +315,39 @@ def show(
         plot_plan(summary, target)
         say(f"wrote {target}")
     print_plan(summary, json_output)
+
+
+@app.command()
+def simulate(
+    grid: GridOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    dilation: DilationOption = None,
+    pattern: PatternTextOption = None,
+    plan: Annotated[str | None, typer.Option(metavar="DIR", help="All heads of a plan.")] = None,
+    q_tile: QTileOption = None,
+    kv_tile: KVTileOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Bound the speed-up of a neighborhood, of any pattern or of a plan by the tiles it visits."""
+    check_simulated(grid, window, stride or dilation, pattern, plan, q_tile or kv_tile)
+    shape = None if grid is None else grid_of(grid)
+    counts = {"--window": window, "--stride": stride, "--dilation": dilation}
+    sizes = [counts_of(name, text or "1x1x1") for name, text in counts.items()]
+    tiles = counts_of("--q-tile", q_tile or "4x4x4"), counts_of("--kv-tile", kv_tile or "4x4x4")
+
+    from dit_sparse import bounds
+    from dit_sparse.kernels.pattern import Neighborhood
+    from dit_sparse.kernels.pattern_text import pattern_from_text
+
+    if shape is None or plan is not None:
+        found = bounds.of_plan(_plan(plan or ""), shape)
+    elif pattern is not None:
+        found = bounds.of_pattern(pattern_from_text(pattern), shape, *tiles)
+    else:
+        of = bounds.of_pattern if stride else bounds.of_strides
+        found = of(Neighborhood(*sizes), shape, *tiles)
+    print_bounds(found, json_output)
 
 
 @app.command()
@@ -340,8 +376,6 @@ def main() -> None:
 
 
 def _debugging() -> bool:
-    import os
-
     return os.environ.get("DIT_SPARSE_LOG_LEVEL", "").lower() == "debug"
 
 
@@ -359,16 +393,6 @@ def _plan(source: str | Path) -> "Plan":
 
 def _name(source: str) -> str:
     return Path(source).resolve().name
-
-
-def _read_prompts(file: Path | None, texts: list[str] | None) -> "tuple[Prompt, ...]":
-    from dit_sparse.prompts import Prompt, read_prompts
-
-    if (file is None) == (not texts):
-        raise typer.BadParameter("give either --prompts FILE or --prompt TEXT")
-    if file is not None:
-        return read_prompts(file)
-    return tuple(Prompt(f"{number:04d}", text) for number, text in enumerate(texts or (), 1))
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

@@ -1,15 +1,34 @@
-"""Figures: a plan as a heat map, layer by head, drawn without a display."""
+"""Figures: a plan as a heat map, a pattern as a mask; drawn without a display."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from dit_sparse.kernels.blocks import PARTIAL, WHOLE, block_indices
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Pattern, pattern_to_dict
 from dit_sparse.plan_summary import PlanSummary
 from dit_sparse.video import replacing
 
-SHORT = {"full": "F", "skip": "S", "band": "B", "columns": "C", "neighborhood": "N"}
+SHORT = {
+    "full": "F",
+    "skip": "S",
+    "band": "B",
+    "columns": "C",
+    "sink": "K",
+    "neighborhood": "N",
+    "radial": "R",
+    "any_of": "A",
+}
+MOST_DRAWN = 2500  # tokens; their pairs become pixels
+BLOCK = 16  # tokens of a block in the picture of a pattern, whose grid is small
+# Nothing, some and all of a block or pair; the query itself.
+LEVELS = ListedColormap(["#f4f4f1", "#9fc3dd", "#1f5a8c", "#e4572e"])
 
 
 def plot_plan(summary: PlanSummary, path: Path) -> None:
@@ -51,6 +70,88 @@ def plot_plan(summary: PlanSummary, path: Path) -> None:
     kinds = ", ".join(f"{SHORT[kind]} = {kind}" for kind in summary.patterns)
     grid = "×".join(map(str, summary.grid))
     figure.suptitle(f"{kinds}\ngrid {grid}, block {summary.block}", fontsize=8)
+    _save(figure, path)
+
+
+def plot_pattern(
+    pattern: Pattern, grid: tuple[int, int, int], path: Path | None = None
+) -> dict[str, Any]:
+    """Draw which key each query sees, the blocks that this makes a kernel visit, and the frames as
+    the query in their middle sees them, as a PNG, by default out/<kind>.png; says what was drawn.
+
+    Raises:
+        ValueError: the pattern refuses the grid, or the grid is too large for a picture.
+    """
+    tokens = TokenGrid(*grid)
+    if tokens.video > MOST_DRAWN:
+        raise ValueError(
+            f"a picture holds at most {MOST_DRAWN} tokens, grid {tokens} has {tokens.video}; "
+            "draw the pattern on a smaller one: --grid 5x8x8"
+        )
+    path = path or Path("out") / f"{pattern.kind}.png"
+    blocks = block_indices((pattern,), tokens, block_q=BLOCK, block_k=BLOCK)
+    density = blocks.density()
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subfigures(2, height_ratios=(3.2, 1.0))
+    left, right = upper.subplots(1, 2)
+    _show(left, pattern.mask(tokens).numpy() * 2.0)
+    left.set_title(f"pairs of tokens in raster order: {density.element:.1%} kept", fontsize=9)
+    for frame in range(1, tokens.frames):
+        for line in (left.axhline, left.axvline):
+            line(frame * tokens.height * tokens.width - 0.5, color="#b9b9b0", linewidth=0.5)
+    visited = np.zeros((blocks.query_blocks, blocks.key_blocks))
+    for row in range(blocks.query_blocks):
+        for column, tag in blocks.entries(0, row):
+            visited[row, column] = {WHOLE: 2, PARTIAL: 1}[tag]
+    _show(right, visited)
+    right.set_title(
+        f"blocks of {BLOCK} in {blocks.order} order: {density.block:.1%} visited", fontsize=9
+    )
+    left.set_xlabel("key token")
+    left.set_ylabel("query token")
+    right.set_xlabel("key block (dark: whole, light: partial)")
+    right.set_ylabel("query block")
+    _show_frames(lower, pattern, tokens)
+    figure.suptitle(f"{pattern}   grid {tokens}", fontsize=11)
+    _save(figure, path)
+    return {
+        "pattern": pattern_to_dict(pattern),
+        "text": str(pattern),
+        "grid": list(grid),
+        "density": {"element": density.element, "block": density.block},
+        "figure": str(path),
+    }
+
+
+def _show_frames(figure: Any, pattern: Pattern, grid: TokenGrid) -> None:
+    """What the query in the middle of the video sees, frame by frame."""
+    place = tuple(length // 2 for length in grid.shape)
+    query = int(np.ravel_multi_index(place, grid.shape))
+    seen = pattern.mask(grid)[query].numpy().reshape(grid.shape) * 2.0
+    seen[place] = 3
+    rows = -(-grid.frames // 12)
+    axes = figure.subplots(rows, -(-grid.frames // rows), squeeze=False).ravel()
+    for frame, axis in enumerate(axes):
+        if frame >= grid.frames:
+            axis.set_axis_off()
+            continue
+        _show(axis, seen[frame])
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(f"frame {frame}", fontsize=8)
+    figure.suptitle(
+        f"what the query (red) at frame {place[0]}, row {place[1]}, column {place[2]} sees",
+        fontsize=9,
+    )
+
+
+def _show(axes: Axes, values: np.ndarray) -> None:
+    axes.imshow(values, cmap=LEVELS, vmin=-0.5, vmax=3.5, interpolation="nearest")
+    axes.tick_params(labelsize=7)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

@@ -82,6 +82,38 @@ def plan_table(summary: "PlanSummary") -> Group:
     return Group(title, table, *lines)
 
 
+def bounds_table(found: dict[str, Any]) -> Group:
+    """A line for each pattern or stride; below, the whole plan."""
+    rows = found.get("strides") or found.get("patterns") or [found]
+    labels = [name for name in ("stride", "pattern", "heads") if name in rows[0]]
+    table = Table(box=SIMPLE)
+    for column in labels:
+        table.add_column(column)
+    for column in ("visited", "of", "bound", "mean bound", "perfect"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            *("x".join(map(str, row[x])) if x == "stride" else str(row[x]) for x in labels),
+            str(row["visited"]),
+            str(row["total"]),
+            _bound(row["bound"]),
+            _bound(row["mean_bound"]),
+            "yes" if row["perfect"] else "no",
+        )
+    lines = [
+        "visited: tiles of keys of the slowest tile of queries; perfect: none of them needs a mask"
+    ]
+    if "patterns" in found:
+        density = ", ".join(f"{name} {value:.3f}" for name, value in found["density"].items())
+        grid = "x".join(map(str, found["grid"]))
+        lines += [
+            f"{found['heads']} heads: bound {_bound(found['bound'])}, mean bound "
+            f"{_bound(found['mean_bound'])}, density {density} "
+            f"(grid {grid}, block {found['block']})"
+        ]
+    return Group(table, *lines)
+
+
 def environment_table(values: dict[str, Any]) -> Group:
     """A block to paste into an issue."""
     lines = []
@@ -103,3 +135,7 @@ def environment_table(values: dict[str, Any]) -> Group:
 
 def _cell(pattern: str, density: float | None) -> str:
     return pattern if density is None else f"{pattern}  {density:.2f}"
+
+
+def _bound(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"

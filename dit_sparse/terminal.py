@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -31,6 +31,26 @@ def print_plan(summary: "PlanSummary", json_output: bool) -> None:
     from dit_sparse.tables import plan_table
 
     output().print(plan_table(summary))
+
+
+def print_bounds(found: dict[str, Any], json_output: bool) -> None:
+    """Print the table of bounds, or one JSON object."""
+    if json_output:
+        print(json.dumps(found))
+        return
+    from dit_sparse.tables import bounds_table
+
+    output().print(bounds_table(found))
+
+
+def print_picture(picture: dict[str, Any], json_output: bool) -> None:
+    """Print what was drawn, on one line or as one JSON object."""
+    if json_output:
+        print(json.dumps(picture))
+        return
+    density = ", ".join(f"{name} {value:.3f}" for name, value in picture["density"].items())
+    grid = "x".join(map(str, picture["grid"]))
+    print(f"{picture['text']} on grid {grid}: density {density}")
 
 
 def output() -> Console:

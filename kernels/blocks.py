@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.counts import cut, pair_counts
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Pattern
@@ -291,29 +292,18 @@ class _Visited:
 def _visited(
     pattern: Pattern, grid: TokenGrid, order: TokenOrder, block_q: int, block_k: int
 ) -> _Visited:
-    permutation = order.permutation(grid)
-    query_offsets = order.offsets(grid, block_q)
-    key_offsets = order.offsets(grid, block_k)
-    key_sizes = key_offsets.diff()
+    queries = cut(grid, order, block_q)
+    keys = queries if block_q == block_k else cut(grid, order, block_k)
+    sizes, columns = queries.offsets.diff(), keys.offsets.diff()
     counts, key_blocks, tags, kept = [], [], [], 0
-    # One block of queries at a time: block_q * tokens booleans, never tokens * tokens.
-    for queries in permutation.tensor_split(query_offsets[1:-1]):
-        keys_kept = _column_sums(pattern.rows(grid, queries))[permutation]
-        cumulative = torch.nn.functional.pad(keys_kept.cumsum(0), (1, 0))
-        pairs = cumulative[key_offsets].diff()
-        visited = pairs.nonzero()[:, 0]
-        whole = pairs[visited] == len(queries) * key_sizes[visited]
-        counts.append(len(visited))
+    for rows, pairs in pair_counts(pattern, grid, queries, keys):
+        row, visited = pairs.nonzero(as_tuple=True)
+        whole = pairs[row, visited] == sizes[rows][row] * columns[visited]
+        counts.append(row.bincount(minlength=len(pairs)))
         key_blocks.append(visited.to(torch.int32))
         tags.append(torch.where(whole, WHOLE, PARTIAL).to(torch.int8))
         kept += int(pairs.sum())
-    return _Visited(torch.tensor(counts), torch.cat(key_blocks), torch.cat(tags), kept)
-
-
-def _column_sums(mask: Tensor) -> Tensor:
-    # PyTorch adds bytes thirty times faster than it adds booleans; a byte holds 255 rows.
-    parts = mask.view(torch.uint8).split(255)
-    return torch.stack([part.sum(0, dtype=torch.uint8) for part in parts]).sum(0)
+    return _Visited(torch.cat(counts), torch.cat(key_blocks), torch.cat(tags), kept)
 
 
 def _assemble(

@@ -208,6 +208,15 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ["search", "--budget", "density=0.3", "--out", "x"],
         ["search", "--budget", "density=0.3", "--out", "x", "--from", "p", "--model", "m"],
         ["show", "{plan}", "--grid", "15x16"],
+        ["show"],
+        ["show", "{plan}", "--pattern", "full"],
+        ["show", "--pattern", "full", "--grid", "0x8x8"],
+        ["simulate", "--grid", "4x4x4"],
+        ["simulate", "--window", "3x3x3"],
+        ["simulate", "--grid", "4x4x4", "--window", "3x3"],
+        ["simulate", "--grid", "4x4x4", "--window", "3x3x3", "--pattern", "full"],
+        ["simulate", "--grid", "4x4x4", "--pattern", "full", "--stride", "1x1x1"],
+        ["simulate", "--plan", "{plan}", "--q-tile", "4x4x4"],
         ["frobnicate"],
     ],
     ids=" ".join,
@@ -238,3 +247,59 @@ def test_demo_without_samples_says_what_to_do(run: Run, tmp_path: Path) -> None:
     assert code == 1
     assert "give --model DIR" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_simulate_prints_the_published_bound(run: Run) -> None:
+    window = ("--grid", "30x48x80", "--window", "18x24x24")
+    tiles = ("--q-tile", "4x8x8", "--kv-tile", "2x8x8", "--json")
+    code, out, _ = run("simulate", *window, "--stride", "16x8x8", "--dilation", "1x1x1", *tiles)
+    found = json.loads(out)
+    assert code == 0
+    assert set(found) == {"visited", "total", "bound", "mean_bound", "perfect"}
+    assert (found["visited"], found["total"], found["perfect"]) == (81, 900, True)
+
+    code, out, _ = run("simulate", *window, *tiles)
+    rows = json.loads(out)["strides"]
+    assert code == 0
+    assert (rows[0]["stride"], rows[0]["visited"]) == ([1, 1, 1], 275)
+    assert (rows[-1]["stride"], rows[-1]["visited"]) == ([16, 8, 8], 81)
+
+
+def test_simulate_takes_any_pattern_and_a_plan(run: Run, plans: dict[str, Path]) -> None:
+    code, out, _ = run("simulate", "--grid", "4x8x8", "--pattern", "band:half_width=8 + sink")
+    assert code == 0
+    assert "bound" in out
+    code, out, _ = run("simulate", "--grid", "4x8x8", "--pattern", "skip", "--json")
+    assert json.loads(out)["bound"] is None
+
+    code, out, _ = run("simulate", "--plan", plans["band"], "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["heads"] == sum(row["heads"] for row in found["patterns"])
+    assert found["bound"] <= found["mean_bound"]
+    code, out, _ = run("simulate", "--plan", plans["band"], "--grid", "6x8x8")
+    assert code == 0
+    assert "band 6 raster" in out
+    code, _, err = run("simulate", "--plan", plans["full"])
+    assert code == 1
+    assert "give one: --grid" in errors(err)[0]
+
+
+def test_show_draws_a_pattern(run: Run, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "pattern.png"
+    text = "neighborhood:window=3x3x3,stride=1x2x2 + sink"
+    code, out, _ = run(
+        "show", "--pattern", text, "--grid", "3x5x4", "--out", picture, "--json"
+    )  # fmt: skip
+    found = json.loads(out)
+    assert code == 0
+    assert found["figure"] == str(picture)
+    assert found["pattern"]["kind"] == "any_of"
+    assert found["density"]["element"] <= found["density"]["block"]
+    assert picture.is_file()
+    code, _, err = run("show", "--pattern", "full", "--grid", "30x48x80", "--out", picture)
+    assert code == 1
+    assert "at most 2500 tokens" in errors(err)[0]
+    code, _, err = run("show", "--pattern", "band:half_width=x", "--out", picture)
+    assert code == 1
+    assert "half_width of pattern 'band' must be an integer, got 'x'" in errors(err)[0]

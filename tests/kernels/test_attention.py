@@ -16,10 +16,12 @@ from dit_sparse.kernels import gather
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.backend import BACKENDS
 from dit_sparse.kernels.blocks import BlockIndices, block_indices, from_block_mask, from_tags
+from dit_sparse.kernels.columns import Columns, Sink
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
-from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.radial import Radial
 
 NAMES = [backend.name for backend in BACKENDS]
 every_backend = pytest.mark.parametrize("backend", NAMES)
@@ -39,6 +41,11 @@ PATTERNS: list[Pattern] = [
     Neighborhood((2, 3, 3)),
     Neighborhood((1, 4, 5), (1, 2, 3)),
     Neighborhood((2, 2, 3), (1, 1, 2), (1, 2, 2)),
+    Neighborhood((2, 4, 3), (2, 1, 2), (1, 1, 2), (True, False, True)),
+    Band(5, "in_frame"),
+    Radial("repo", 0.5),
+    AnyOf((Band(5, "pixel_major"), Sink())),
+    AnyOf((Neighborhood((1, 3, 3)), Radial(), Columns((1,), 16, (2, 5, 7)))),
 ]
 
 

@@ -18,7 +18,17 @@ from dit_sparse.kernels.blocks import (
 )
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
-from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.pattern import (
+    AnyOf,
+    Band,
+    Columns,
+    Full,
+    Neighborhood,
+    Pattern,
+    Radial,
+    Sink,
+    Skip,
+)
 
 PATTERNS: list[Pattern] = [
     Full(),
@@ -29,6 +39,13 @@ PATTERNS: list[Pattern] = [
     Neighborhood((3, 3, 3)),
     Neighborhood((2, 4, 4), (2, 2, 4), (1, 1, 1)),
     Neighborhood((3, 2, 3), (1, 1, 2), (1, 2, 2)),
+    Neighborhood((3, 4, 4), (2, 1, 2), (1, 1, 2), (True, False, True)),
+    Band(4, "in_frame"),
+    Sink(2),
+    Radial(),
+    Radial("repo", 0.5),
+    AnyOf((Band(4, "pixel_major"), Sink())),
+    AnyOf((Neighborhood((1, 3, 3)), Radial(), Columns((1,), 16, (3, 5, 6)))),
 ]
 GRIDS = [
     TokenGrid(3, 5, 6),
