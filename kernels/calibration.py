@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.blocks import PARTIAL, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.compiler import cache_folder
 
 FORMAT = "dit_sparse.calibration"
 VERSION = 1
@@ -171,9 +172,8 @@ def processor() -> str:
 
 def path_of(device: str) -> Path:
     """The file of a device's calibration, in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return Path(root) / "dit_sparse" / "calibration" / f"{name}.json"
+    return cache_folder() / "calibration" / f"{name}.json"
 
 
 def write(calibration: Calibration) -> Path:

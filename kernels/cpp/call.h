@@ -1,0 +1,33 @@
+// Call: what native.py asks for. Its structures there must match these.
+#pragma once
+
+#include <cstdint>
+
+struct Operand {
+  const void* data;
+  int64_t batch, token, head;  // strides in elements; head_dim is contiguous
+};
+
+// A pattern as kernels/windows.py describes it; the same for every head that has it.
+struct Windows {
+  int64_t axes;
+  const int32_t *low, *size, *place;  // [axes][tokens], raster order
+};
+
+struct Call {
+  Operand query, key, value, output;
+  float* lse;                    // [batch][heads][tokens]
+  const int64_t* permutation;    // position -> token
+  const int64_t *query_offsets, *key_offsets;
+  const int32_t *row_pointer, *key_block;
+  const int8_t* tag;
+  const int64_t* longest_first;  // the rows (head, query block) as they should be begun
+  const Windows* windows;        // of every head
+  const uint8_t* hidden;         // [batch][tokens], or null if no text is padded
+  int64_t batch, tokens, heads, head_dim, query_blocks, threads;
+  double scale;
+  void* parallel;                // GOMP_parallel of the OpenMP that PyTorch runs on, or null
+};
+
+constexpr int8_t PARTIAL = -1;
+

@@ -1,0 +1,309 @@
+// Row: attention of one block of queries, one head, one sample, over the blocks listed for it.
+//
+// Every vector holds 16, 8 or 4 queries:
+//
+//     scores[key][query]  = sum over d:    keys[key][d]   * queries[d][query]
+//     sums[d][query]     += sum over keys: values[key][d] * weights[key][query]
+//
+// so that keys and values are read as scalars, the softmax needs no sum across a vector, and only
+// queries and outputs are transposed. Keys come in steps of STEP: they are copied through the
+// order of tokens, and widened or paired, once for all tiles of queries of the block.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+#include "product.h"
+
+constexpr int STEP = 64;   // keys
+constexpr int VECTORS = TILE / LANES;
+constexpr int AXES = 4;
+constexpr int PAD = 16;    // depths of products are laid out in multiples of this
+constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
+constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
+constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
+
+constexpr int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+// The queries of a tile, and what is summed up for them while their row is visited.
+struct Tile {
+  int count;
+  int64_t tokens[TILE];
+  float *queries, *sums;                                     // [depth][TILE], [head_dim][TILE]
+  alignas(64) float largest[TILE], total[TILE];
+  alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
+  int64_t known[AXES][SLOTS];
+  alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
+};
+
+// Everything that one thread works on; its size does not depend on the number of tokens.
+struct Scratch {
+  int head_dim, depth, width;
+  std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
+  float *keys, *values, *scores, *weights, *rows;
+  int64_t positions[STEP];
+  float bias[STEP];
+  std::vector<std::unique_ptr<Tile>> tiles;
+
+  Scratch(int head_dim, int packed, int64_t block_q)
+      : head_dim(head_dim),
+        depth(padded((head_dim + packed - 1) / packed, PAD)),
+        width(padded(head_dim, PAD)),
+        tiles((block_q + TILE - 1) / TILE) {
+    const size_t each_tile = (size_t)(depth + width) * TILE;
+    const size_t words = (size_t)STEP * (depth + 2 * width) + 2 * STEP * TILE +
+                         (size_t)TILE * width + each_tile * tiles.size();
+    memory.reset((float*)aligned_alloc(64, padded(words * sizeof(float), 64)));
+    if (!memory) throw std::bad_alloc();
+    memset(memory.get(), 0, words * sizeof(float));
+    float* next = memory.get();
+    auto take = [&](size_t count) { return std::exchange(next, next + count); };
+    keys = take((size_t)STEP * depth);
+    values = take((size_t)STEP * 2 * width);
+    scores = take(STEP * TILE);
+    weights = take(STEP * TILE);
+    rows = take((size_t)TILE * width);
+    for (auto& tile : tiles) {
+      tile.reset(new Tile);
+      tile->queries = take((size_t)depth * TILE);
+      tile->sums = take((size_t)width * TILE);
+    }
+  }
+};
+
+// One query block of one head of one sample.
+template <class Mode, class Element>
+struct Row {
+  const Call& call;
+  Scratch& scratch;
+  const int64_t sample, head;
+  const Windows& windows;
+  const float scale;
+  int tiles = 0, keys = 0;
+  bool partial = false, pooled = false;
+
+  Row(const Call& call, Scratch& scratch, int64_t sample, int64_t row)
+      : call(call),
+        scratch(scratch),
+        sample(sample),
+        head(row / call.query_blocks),
+        windows(call.windows[head]),
+        scale((float)call.scale * LOG2_E) {
+    const int64_t block = row % call.query_blocks;
+    for (int64_t at = call.query_offsets[block]; at < call.query_offsets[block + 1]; at += TILE)
+      start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, call.query_offsets[block + 1] - at));
+    for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
+      visit(call.key_block[i], call.tag[i]);
+    if (keys) step();
+    for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
+  }
+
+  const Element* at(const Operand& operand, int64_t token) const {
+    return (const Element*)operand.data + sample * operand.batch + token * operand.token +
+           head * operand.head;
+  }
+
+  void start(Tile& tile, int64_t first, int count) {
+    tile.count = count;
+    for (int i = 0; i < TILE; i++) {
+      float* row = scratch.rows + i * scratch.width;
+      if (i >= count) {
+        memset(row, 0, scratch.width * sizeof(float));
+        continue;
+      }
+      tile.tokens[i] = call.permutation[first + i];
+      const Element* query = at(call.query, tile.tokens[i]);
+      if constexpr (Mode::PACKED == 2)
+        memcpy(row, query, call.head_dim * sizeof(Element));
+      else
+        for (int d = 0; d < call.head_dim; d++) row[d] = widened(query[d]) * scale;
+    }
+    for (int d = 0; d < scratch.depth; d += LANES)
+      for (int i = 0; i < TILE; i += LANES)
+        transpose(scratch.rows + i * scratch.width + d, scratch.width,
+                  tile.queries + d * TILE + i, TILE);
+    memset(tile.sums, 0, sizeof(float) * scratch.width * TILE);
+    std::fill_n(tile.largest, TILE, LOWEST);
+    std::fill_n(tile.total, TILE, 0.f);
+    for (int axis = 0; axis < windows.axes; axis++) {
+      std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
+      for (int i = 0; i < count; i++) {
+        tile.low[axis][i] = windows.low[axis * call.tokens + tile.tokens[i]];
+        tile.size[axis][i] = windows.size[axis * call.tokens + tile.tokens[i]];
+      }
+    }
+  }
+
+  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one.
+  void visit(int64_t block, int8_t tag) {
+    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
+    const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
+    if (keys && (tag == PARTIAL) != partial) step();
+    partial = tag == PARTIAL;
+    for (int64_t first = call.key_offsets[block]; first < end; first += run) {
+      int64_t tokens[1 << 7], count = 0;
+      for (int64_t i = first; i < std::min(first + run, end); i++)
+        if (!hidden || !hidden[call.permutation[i]]) tokens[count++] = call.permutation[i];
+      if (!count) continue;
+      scratch.positions[keys] = tokens[0];
+      scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
+      pooled |= count > 1;
+      take(call.key, tokens, count, scratch.keys + (int64_t)keys * scratch.depth);
+      take(call.value, tokens, count, values(keys));
+      if (++keys == STEP) step();
+    }
+  }
+
+  // Where a value is put down. Pairs are woven together in `step`, so that they lie apart here.
+  float* values(int key) {
+    return scratch.values + (int64_t)key * scratch.width +
+           (Mode::PACKED == 2 ? (int64_t)STEP * scratch.width : 0);
+  }
+
+  // The mean of some tokens, as Mode wants it.
+  void take(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {
+    const Element* first = at(operand, tokens[0]);
+    if (count == 1) {
+      if constexpr (Mode::PACKED == 2)
+        memcpy(to, first, call.head_dim * sizeof(Element));
+      else
+        for (int d = 0; d < call.head_dim; d++) to[d] = widened(first[d]);
+      return;
+    }
+    float* mean = Mode::PACKED == 2 ? scratch.rows : to;
+    for (int d = 0; d < call.head_dim; d++) mean[d] = widened(first[d]);
+    for (int64_t i = 1; i < count; i++) {
+      const Element* next = at(operand, tokens[i]);
+      for (int d = 0; d < call.head_dim; d++) mean[d] += widened(next[d]);
+    }
+    for (int d = 0; d < call.head_dim; d++) mean[d] /= count;
+    if constexpr (Mode::PACKED == 2)
+      for (int d = 0; d < call.head_dim; d++) narrow(mean[d], ((Element*)to)[d]);
+  }
+
+  // Let every tile of queries look at the keys that were taken.
+  void step() {
+    if constexpr (Mode::PACKED == 2) {
+      if (keys % 2) memset(values(keys), 0, scratch.width * sizeof(float));
+      for (int key = 0; key < keys; key += 2) {
+        const Half *a = (const Half*)values(key), *b = (const Half*)values(key + 1);
+        uint32_t* to = (uint32_t*)scratch.values + (int64_t)key / 2 * scratch.width;
+        for (int d = 0; d < scratch.width; d++) to[d] = a[d] | (uint32_t)b[d] << 16;
+      }
+    }
+    for (int i = 0; i < tiles; i++) {
+      Tile& tile = *scratch.tiles[i];
+      const int depth = (call.head_dim + Mode::PACKED - 1) / Mode::PACKED;
+      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, depth, scratch.scores, keys);
+      if (partial)
+        soften<true>(tile);
+      else
+        soften<false>(tile);
+      product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, scratch.values, 1,
+                          scratch.width, (keys + Mode::PACKED - 1) / Mode::PACKED, tile.sums,
+                          call.head_dim);
+    }
+    keys = 0;
+    pooled = false;
+  }
+
+  // Scores to weights; what was summed up before is scaled down where a maximum grew.
+  template <bool MASKED>
+  void soften(Tile& tile) {
+    Vector largest[VECTORS];
+    for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
+    const bool changed = MASKED || pooled || Mode::PACKED == 2;
+    for (int key = 0; key < keys; key++) {
+      const int32_t* inside[AXES];
+      if (MASKED)
+        for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
+      for (int v = 0; v < VECTORS; v++) {
+        float* at = scratch.scores + key * TILE + v * LANES;
+        Vector score = load(at);
+        if (Mode::PACKED == 2) score *= all(scale);
+        if (pooled) score += all(scratch.bias[key]);
+        if (MASKED) {
+          Bits kept = ~(Bits){};
+          for (int axis = 0; axis < windows.axes; axis++)
+            kept &= *(const Bits*)(inside[axis] + v * LANES);
+          score = where(kept, score, all(HIDDEN));
+        }
+        if (changed) store(at, score);
+        largest[v] = larger(score, largest[v]);
+      }
+    }
+    for (int v = 0; v < VECTORS; v++) {
+      const Vector before = load(tile.largest + v * LANES);
+      const Bits grew = largest[v] > before + all(GROWTH);
+      int any = 0;
+      for (int lane = 0; lane < LANES; lane++) any |= grew[lane];
+      if (any) {
+        const Vector after = larger(largest[v], before), shrink = exp2(before - after);
+        store(tile.largest + v * LANES, after);
+        store(tile.total + v * LANES, load(tile.total + v * LANES) * shrink);
+        for (int d = 0; d < call.head_dim; d++) {
+          float* sum = tile.sums + d * TILE + v * LANES;
+          store(sum, load(sum) * shrink);
+        }
+      }
+    }
+    for (int v = 0; v < VECTORS; v++) {
+      const Vector top = load(tile.largest + v * LANES);
+      Vector total = load(tile.total + v * LANES);
+      for (int key = 0; key < keys; key += Mode::PACKED) {
+        float* at = scratch.scores + key * TILE + v * LANES;
+        const Vector weight = exp2(load(at) - top);
+        total += weight;
+        if constexpr (Mode::PACKED == 1) {
+          store(at, weight);
+        } else {
+          const Vector next = key + 1 < keys ? exp2(load(at + TILE) - top) : all(0.f);
+          total += next;
+          store(scratch.weights + key / 2 * TILE + v * LANES, Mode::paired(weight, next));
+        }
+      }
+      store(tile.total + v * LANES, total);
+    }
+  }
+
+  // Which queries of the tile have the key's place on an axis inside their window.
+  const int32_t* mask(Tile& tile, int axis, int key) {
+    const int64_t place = windows.place[axis * call.tokens + scratch.positions[key]];
+    const int slot = place & (SLOTS - 1);
+    int32_t* inside = tile.inside[axis][slot];
+    if (tile.known[axis][slot] != place) {
+      tile.known[axis][slot] = place;
+      for (int i = 0; i < TILE; i++) {
+        const int64_t offset = place - tile.low[axis][i];
+        inside[i] = -(int32_t)(offset >= 0 && offset < tile.size[axis][i]);
+      }
+    }
+    return inside;
+  }
+
+  void finish(Tile& tile) {
+    for (int d = 0; d < scratch.width; d += LANES)
+      for (int i = 0; i < TILE; i += LANES)
+        transpose(tile.sums + d * TILE + i, TILE, scratch.rows + i * scratch.width + d,
+                  scratch.width);
+    for (int i = 0; i < tile.count; i++) {
+      // A total that is not a number makes the output not a number, as it must.
+      const bool empty = tile.largest[i] == LOWEST && tile.total[i] < 1.f;
+      const float inverse = empty ? 0.f : 1.f / tile.total[i];
+      Element* to = (Element*)at(call.output, tile.tokens[i]);
+      const float* row = scratch.rows + i * scratch.width;
+      for (int d = 0; d < call.head_dim; d++) narrow(empty ? 0.f : row[d] * inverse, to[d]);
+      call.lse[(sample * call.heads + head) * call.tokens + tile.tokens[i]] =
+          empty ? -INFINITY : (tile.largest[i] + log2f(tile.total[i])) * LN_2;
+    }
+  }
+};

@@ -1,0 +1,110 @@
+// Vectors of the machine at hand, and the element types that tensors come in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, WIDE = 2;
+#else
+constexpr int LANES = 4, WIDE = 2;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vector load(const float* from) { return *(const Vector*)from; }
+INLINE void store(float* to, Vector x) { *(Vector*)to = x; }
+INLINE Vector all(float x) { return x - (Vector){}; }
+INLINE Vector where(Bits mask, Vector yes, Vector no) {
+  return (Vector)((mask & (Bits)yes) | (~mask & (Bits)no));
+}
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// 2^x by rounding, a polynomial on [-1/2, 1/2] and an addition to the exponent. NaN stays NaN.
+INLINE Vector exp2(Vector x) {
+  x = x < all(-126.f) ? all(-126.f) : x;
+  const Vector shift = all(12582912.f);  // 1.5 * 2^23: integers are its units in the last place
+  Vector rounded = x + shift, part = x - (rounded - shift);
+  Vector y = all(1.33335581e-3f);
+  y = y * part + all(9.6181291e-3f);
+  y = y * part + all(5.5504109e-2f);
+  y = y * part + all(2.4022651e-1f);
+  y = y * part + all(6.9314718e-1f);
+  y = y * part + all(1.f);
+  return (Vector)((Bits)y + ((Bits)rounded << 23));
+}
+
+// LANES x LANES words, in log2(LANES) rounds that interleave the first half with the second.
+INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vector rows[LANES], mixed[LANES];
+  Bits low, high;
+  for (int i = 0; i < LANES; i++) {
+    low[i] = i / 2 + (i % 2) * LANES;
+    high[i] = low[i] + LANES / 2;
+  }
+  for (int i = 0; i < LANES; i++) memcpy(&rows[i], from + i * from_stride, sizeof(Vector));
+  for (int round = 1; round < LANES; round *= 2) {
+    for (int i = 0; i < LANES / 2; i++) {
+      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + LANES / 2], high);
+    }
+    for (int i = 0; i < LANES; i++) rows[i] = mixed[i];
+  }
+  for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &rows[i], sizeof(Vector));
+}
+
+typedef uint16_t Half;  // bits of a bfloat16 or float16
+
+INLINE float widened(float x) { return x; }
+struct Bfloat {
+  Half bits;
+};
+struct Float16 {
+  Half bits;
+};
+INLINE float widened(Bfloat x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+INLINE void narrow(float x, float& to) { to = x; }
+INLINE void narrow(float x, Bfloat& to) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+// By hand, for compilers without _Float16 on some machines; subnormals included.
+INLINE float widened(Float16 x) {
+  uint32_t bits = (uint32_t)(x.bits & 0x7fff) << 13, special = bits >= 0x0f800000u;
+  float y, scale = 0x1p112f;
+  memcpy(&y, &bits, 4);
+  y *= scale;
+  memcpy(&bits, &y, 4);
+  bits |= special * 0x7f800000u | (uint32_t)(x.bits & 0x8000) << 16;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+INLINE void narrow(float x, Float16& to) {
+  uint32_t bits, sign;
+  memcpy(&bits, &x, 4);
+  sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) {
+    to.bits = sign | 0x7e00;
+  } else if (bits >= 0x477ff000) {
+    to.bits = sign | 0x7c00;
+  } else if (bits < 0x38800000) {  // the addition rounds to units of 2^-24
+    float y;
+    memcpy(&y, &bits, 4);
+    y += 0.5f;
+    memcpy(&bits, &y, 4);
+    to.bits = sign | (bits - 0x3f000000);
+  } else {
+    to.bits = sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+  }
+}
+

@@ -1,0 +1,178 @@
+"""Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use.
+
+Operands are read where they lie, through their strides and the order of tokens; what it needs
+beside them does not grow with the number of tokens. float32 sums throughout.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.compiler import instruction_sets, library
+from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.windows import Windows, everything
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    )
+
+
+class _Windows(ctypes.Structure):
+    _fields_ = (
+        ("axes", ctypes.c_int64),
+        ("low", ctypes.c_void_p),
+        ("size", ctypes.c_void_p),
+        ("place", ctypes.c_void_p),
+    )
+
+
+class _Call(ctypes.Structure):
+    """`Call` of cpp/call.h."""
+
+    _fields_ = (
+        ("query", _Operand),
+        ("key", _Operand),
+        ("value", _Operand),
+        ("output", _Operand),
+        ("lse", ctypes.c_void_p),
+        ("permutation", ctypes.c_void_p),
+        ("query_offsets", ctypes.c_void_p),
+        ("key_offsets", ctypes.c_void_p),
+        ("row_pointer", ctypes.c_void_p),
+        ("key_block", ctypes.c_void_p),
+        ("tag", ctypes.c_void_p),
+        ("longest_first", ctypes.c_void_p),
+        ("windows", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("query_blocks", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("parallel", ctypes.c_void_p),
+    )
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What the library reads of one BlockIndices, kept alive with it."""
+
+    windows: ctypes.Array
+    kept: list[Windows]
+    longest_first: Tensor
+    hidden: Tensor | None
+
+
+_prepared: WeakKeyDictionary[BlockIndices, _Prepared] = WeakKeyDictionary()
+
+
+def supports(call: AttentionCall) -> str | None:
+    """CPU tensors of three dtypes, patterns made of intervals, and a compiler."""
+    if call.query.device.type != "cpu":
+        return f"runs on the CPU, the tensors are on {call.query.device}"
+    if call.query.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 or float16, got {call.query.dtype}"
+    for pattern in dict.fromkeys(call.blocks.patterns or ()):
+        if pattern.kind != "skip" and pattern.windows(call.blocks.grid) is None:
+            return f"{pattern} is not made of intervals"
+    made = library(instruction_sets())
+    return made if isinstance(made, str) else None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """See the head of this file."""
+    blocks = call.blocks
+    query, key, value = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value)
+    )
+    batch, tokens, heads, head_dim = query.shape
+    output = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
+    if output.numel() == 0:
+        return output, lse.fill_(-torch.inf)
+    prepared = _prepared.get(blocks)
+    if prepared is None:
+        prepared = _prepared[blocks] = _prepare(blocks)
+    made = library(instruction_sets())
+    assert not isinstance(made, str)
+    asked = _Call(
+        *(_operand(x) for x in (query, key, value, output)),
+        *(
+            x.data_ptr()
+            for x in (
+                lse,
+                blocks.permutation,
+                blocks.query_offsets,
+                blocks.key_offsets,
+                blocks.row_pointer,
+                blocks.key_block,
+                blocks.tag,
+                prepared.longest_first,
+            )
+        ),
+        ctypes.addressof(prepared.windows),
+        None if prepared.hidden is None else prepared.hidden.data_ptr(),
+        batch,
+        tokens,
+        heads,
+        head_dim,
+        blocks.query_blocks,
+        torch.get_num_threads(),
+        call.scale,
+        _parallel(),
+    )
+    if made.dit_sparse_attend(ctypes.byref(asked), _DTYPES[query.dtype]):
+        raise MemoryError(f"no memory for attention of head_dim {head_dim}")
+    return output, lse
+
+
+def _operand(tensor: Tensor) -> _Operand:
+    batch, token, head, _ = tensor.stride()
+    return _Operand(tensor.data_ptr(), batch, token, head)
+
+
+def _prepare(blocks: BlockIndices) -> _Prepared:
+    patterns: tuple[Pattern | None, ...] = blocks.patterns or (None,) * blocks.heads
+    kept = {
+        pattern: (pattern.windows(blocks.grid) if pattern is not None else None)
+        or everything(blocks.grid.tokens)
+        for pattern in dict.fromkeys(patterns)
+    }
+    windows = (_Windows * blocks.heads)(
+        *(
+            _Windows(len(w.low), w.low.data_ptr(), w.size.data_ptr(), w.place.data_ptr())
+            for w in (kept[pattern] for pattern in patterns)
+        )
+    )
+    hidden = None
+    if blocks.grid.valid_text is not None:
+        hidden = torch.zeros(len(blocks.grid.valid_text), blocks.grid.tokens, dtype=torch.bool)
+        for sample, valid in enumerate(blocks.grid.valid_text):
+            hidden[sample, blocks.grid.invalid_text(valid)] = True
+    rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
+    return _Prepared(windows, list(kept.values()), rows, hidden)
+
+
+@cache
+def _parallel() -> int | None:
+    """Address of the function by which PyTorch starts its threads, so that ours are the same."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        function = ctypes.CDLL(str(path)).GOMP_parallel
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
