@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dit_sparse.bench_command import bench
 from dit_sparse.options import (
     BackendOption,
     DeviceOption,
@@ -317,15 +318,18 @@ def show(
 @app.command()
 def env(json_output: JsonOption = False) -> None:
     """Print machine, versions and backends, to be pasted into an issue."""
-    from dit_sparse.environment import backends, environment
+    from dit_sparse.environment import backends, calibrations, environment
 
-    values = {**environment(), "backends": backends()}
+    values = {**environment(), "backends": backends(), "calibration": calibrations()}
     if json_output:
         print(json.dumps(values))
         return
     from dit_sparse.tables import environment_table
 
     output().print(environment_table(values))
+
+
+app.command()(bench)
 
 
 def main() -> None:
