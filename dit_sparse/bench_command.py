@@ -104,19 +104,21 @@ def _bench(
 def _calibrate(
     workloads: "list[Workload]", backends: Sequence[str], repeats: int
 ) -> tuple[dict[str, Any], Any]:
+    import torch
+
     from dit_sparse.bench import calibrate as run
     from dit_sparse.bench import calibration_to_dict
-    from dit_sparse.kernels.calibration import path_of, write
-    from dit_sparse.runs import prepare_folder
+    from dit_sparse.kernels.calibration import device_name, writable_path_of, write
     from dit_sparse.tables import calibration_table
 
-    found = []
+    found, devices = [], dict.fromkeys(workload.device for workload in workloads)
+    for device in devices:
+        writable_path_of(device_name(torch.device(device)))
     with progress("calibrate", len(workloads)) as on_round:
-        for device in dict.fromkeys(workload.device for workload in workloads):
+        for device in devices:
             here = [workload for workload in workloads if workload.device == device]
             found.append(run(here, backends, repeats, on_round))
     for calibration in found:
-        prepare_folder(path_of(calibration.device).parent)
         say(f"wrote {write(calibration)}")
     data = calibration_to_dict(found)
     return data, calibration_table(data)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -176,15 +177,35 @@ def path_of(device: str) -> Path:
     return cache_folder() / "calibration" / f"{name}.json"
 
 
+def writable_path_of(device: str) -> Path:
+    """The same file, in a folder that is there.
+
+    Raises:
+        ValueError: the folder cannot be written to, or the file that is there cannot be read.
+    """
+    path = path_of(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {path.parent}: {error.strerror}; give another folder in "
+            "XDG_CACHE_HOME"
+        ) from None
+    if path.exists():
+        read(path)
+    return path
+
+
 def write(calibration: Calibration) -> Path:
     """Keep the costs of a device; those of other backends, dtypes and head_dims stay.
 
     Raises:
-        ValueError: the file that is there cannot be read as a calibration.
-        OSError: the folder cannot be written to.
+        ValueError: see `writable_path_of`.
     """
-    path = path_of(calibration.device)
-    known = read(path).costs if path.is_file() else {}
+    path = writable_path_of(calibration.device)
+    known = read(path).costs if path.exists() else {}
     rows = [
         {"backend": backend, "dtype": dtype, "head_dim": head_dim, **asdict(cost)}
         for (backend, dtype, head_dim), cost in sorted({**known, **calibration.costs}.items())
@@ -195,7 +216,6 @@ def write(calibration: Calibration) -> Path:
         "device": calibration.device,
         "costs": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)
