@@ -87,7 +87,7 @@ def test_candidates_are_those_named_or_all_worth_timing() -> None:
     names = [backend.name for backend in BACKENDS]
     assert [found.name for found in candidates()] == [n for n in names if n != "reference"]
     assert [found.name for found in candidates(["reference", "gather"])] == ["reference", "gather"]
-    with pytest.raises(ValueError, match="unknown backend 'magic'; use one of .*reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'magic'; use one of .*reference"):
         candidates(["magic"])
 
 

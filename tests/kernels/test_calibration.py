@@ -191,7 +191,7 @@ def test_a_file_of_another_device_counts_as_none(path: Path):
 def test_a_folder_that_cannot_be_written_to_is_an_error(calibrations: Path):
     calibrations.write_text("a file")
     assert calibration_for(CPU) is None
-    with pytest.raises(ValueError, match="cannot write to .*; give another folder in XDG_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot write to .*; give another folder in XDG_CACHE"):
         write(Calibration(device_name(CPU), {("one", "float32", 64): COST}))
 
 
