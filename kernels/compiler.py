@@ -34,7 +34,12 @@ def instruction_sets() -> tuple[str, ...]:
     if level == "AVX2":
         return _AVX2
     has = torch.cpu.get_capabilities()
-    return _AVX512 + (("-mavx512bf16",) if has.get("avx512_bf16") else ())
+    flags = _AVX512
+    if has.get("avx512_bf16"):
+        flags += ("-mavx512bf16",)
+        if has.get("amx_bf16") and platform.system() == "Linux":
+            flags += ("-mamx-tile", "-mamx-bf16")
+    return flags
 
 
 @lru_cache

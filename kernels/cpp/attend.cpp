@@ -22,12 +22,13 @@ static void attend(const Call& call) {
   int64_t block_q = 0;
   for (int64_t i = 0; i < call.query_blocks; i++)
     block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
-  std::vector<std::unique_ptr<Scratch>> scratches;
+  std::vector<std::unique_ptr<Scratch<Mode>>> scratches;
   for (int64_t i = 0; i < call.threads; i++)
-    scratches.emplace_back(new Scratch((int)call.head_dim, Mode::PACKED, block_q));
+    scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q));
   std::atomic<int64_t> next{0}, thread{0};
   auto work = [&] {
-    Scratch& scratch = *scratches[thread++];
+    [[maybe_unused]] const typename Mode::Session session;
+    Scratch<Mode>& scratch = *scratches[thread++];
     for (int64_t item; (item = next++) < call.batch * rows;)
       Row<Mode, Element>(call, scratch, item % call.batch,
                          call.longest_first[item / call.batch]);
@@ -35,16 +36,23 @@ static void attend(const Call& call) {
   on_threads(call, work);
 }
 
+static void attend_bfloat(const Call& call) {
+#if defined(__AMX_BF16__)
+  if (Tiles::granted()) return attend<Tiles, Bfloat>(call);
+#endif
+#if defined(__AVX512BF16__)
+  attend<Pairs, Bfloat>(call);
+#else
+  attend<Single, Bfloat>(call);
+#endif
+}
+
 // 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 if memory ran out.
 extern "C" int dit_sparse_attend(const Call* call, int dtype) {
   try {
     if (dtype == 0) attend<Single, float>(*call);
+    if (dtype == 1) attend_bfloat(*call);
     if (dtype == 2) attend<Single, Float16>(*call);
-#if defined(__AVX512BF16__)
-    if (dtype == 1) attend<Pairs, Bfloat>(*call);
-#else
-    if (dtype == 1) attend<Single, Bfloat>(*call);
-#endif
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -4,31 +4,47 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "vector.h"
 
 constexpr int TILE = 64;  // queries
 constexpr int ROWS = 4;   // a register tile: ROWS scalars by WIDE vectors
 
-// How factors of a product lie in memory: one float32 a word.
+constexpr int padded(int count, int multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// A mode says how the factors of a product lie in memory, and what multiplies them: PACKED
+// elements a word, rows and depths laid out in multiples of PAD; values by key, or TURNED. A
+// Session is held by a thread while it multiplies.
+
+// One float32 a word.
 struct Single {
-  static constexpr int PACKED = 1;
+  static constexpr int PACKED = 1, PAD = 16;
+  static constexpr bool TURNED = false;
+  struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) { return sum + x * all(*word); }
 };
 
 #if defined(__AVX512BF16__)
 // Two bfloat16 a word: neighbors in depth, multiplied and added in one instruction.
 struct Pairs {
-  static constexpr int PACKED = 2;
+  static constexpr int PACKED = 2, PAD = 16;
+  static constexpr bool TURNED = false;
+  struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_ps(*word));
   }
   INLINE Vector paired(Vector first, Vector second) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
                                            24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
                                            16, 0);
-    return (Vector)_mm512_permutexvar_epi16(order, both);
+    return (Vector)_mm512_permutexvar_epi16(woven, both);
   }
 };
 #endif
@@ -69,3 +85,78 @@ static void product(const float* x, const float* words, int64_t row_stride, int6
       register_tile<Mode, ACCUMULATE>(x + q, words + row * row_stride, row_stride, depth_stride,
                                       depth, to + row * TILE + q);
 }
+
+#if defined(__AMX_BF16__)
+// Two bfloat16 a word, in tiles of 16 rows by 16 words.
+struct Tiles : Pairs {
+  static constexpr int PAD = 32;
+  static constexpr bool TURNED = true;
+
+  // Linux gives the tile registers to a process that asks for them.
+  static bool granted() {
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+    static const bool given = !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+    return given;
+  }
+
+  struct Session {
+    Session() {
+      struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } shape;
+      _tile_loadconfig(&shape);
+    }
+    ~Session() { _tile_release(); }
+  };
+};
+
+template <bool ACCUMULATE>
+static void product_of_tiles(const float* x, const float* words, int64_t row_stride, int depth,
+                             float* to, int rows) {
+  constexpr int64_t WIDTH = TILE * sizeof(float);
+  const int64_t stride = row_stride * sizeof(float);
+  for (int row = 0; row < rows; row += 32)
+    for (int q = 0; q < TILE; q += 32) {
+      float* corner = to + row * TILE + q;
+      if (ACCUMULATE) {
+        _tile_loadd(0, corner, WIDTH);
+        _tile_loadd(1, corner + 16, WIDTH);
+        _tile_loadd(2, corner + 16 * TILE, WIDTH);
+        _tile_loadd(3, corner + 16 * TILE + 16, WIDTH);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int k = 0; k < depth; k += 16) {
+        _tile_loadd(4, words + row * row_stride + k, stride);
+        _tile_loadd(5, words + (row + 16) * row_stride + k, stride);
+        _tile_loadd(6, x + k * TILE + q, WIDTH);
+        _tile_loadd(7, x + k * TILE + q + 16, WIDTH);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, corner, WIDTH);
+      _tile_stored(1, corner + 16, WIDTH);
+      _tile_stored(2, corner + 16 * TILE, WIDTH);
+      _tile_stored(3, corner + 16 * TILE + 16, WIDTH);
+    }
+}
+
+template <>
+void product<Tiles, false>(const float* x, const float* words, int64_t row_stride, int64_t,
+                           int depth, float* to, int rows) {
+  product_of_tiles<false>(x, words, row_stride, depth, to, rows);
+}
+
+template <>
+void product<Tiles, true>(const float* x, const float* words, int64_t row_stride, int64_t,
+                          int depth, float* to, int rows) {
+  product_of_tiles<true>(x, words, row_stride, depth, to, rows);
+}
+#endif

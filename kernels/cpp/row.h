@@ -24,15 +24,12 @@
 constexpr int STEP = 64;   // keys
 constexpr int VECTORS = TILE / LANES;
 constexpr int AXES = 4;
-constexpr int PAD = 16;    // depths of products are laid out in multiples of this
 constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
 constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
 constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
-
-constexpr int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // The queries of a tile, and what is summed up for them while their row is visited.
 struct Tile {
@@ -46,29 +43,29 @@ struct Tile {
 };
 
 // Everything that one thread works on; its size does not depend on the number of tokens.
+template <class Mode>
 struct Scratch {
-  int head_dim, depth, width;
+  const int depth, width;  // words of a key, elements of a value, as they are laid out
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
-  float *keys, *values, *scores, *weights, *rows;
+  float *keys, *values, *woven, *scores, *weights, *rows;
   int64_t positions[STEP];
   float bias[STEP];
   std::vector<std::unique_ptr<Tile>> tiles;
 
-  Scratch(int head_dim, int packed, int64_t block_q)
-      : head_dim(head_dim),
-        depth(padded((head_dim + packed - 1) / packed, PAD)),
-        width(padded(head_dim, PAD)),
+  Scratch(int head_dim, int64_t block_q)
+      : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
+        width(padded(head_dim, Mode::PAD)),
         tiles((block_q + TILE - 1) / TILE) {
-    const size_t each_tile = (size_t)(depth + width) * TILE;
-    const size_t words = (size_t)STEP * (depth + 2 * width) + 2 * STEP * TILE +
-                         (size_t)TILE * width + each_tile * tiles.size();
-    memory.reset((float*)aligned_alloc(64, padded(words * sizeof(float), 64)));
+    const size_t words = (size_t)STEP * (depth + 3 * width) + 2 * STEP * TILE +
+                         (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size();
+    memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
     if (!memory) throw std::bad_alloc();
     memset(memory.get(), 0, words * sizeof(float));
     float* next = memory.get();
     auto take = [&](size_t count) { return std::exchange(next, next + count); };
     keys = take((size_t)STEP * depth);
-    values = take((size_t)STEP * 2 * width);
+    values = take((size_t)STEP * width);
+    woven = take((size_t)STEP * 2 * width);
     scores = take(STEP * TILE);
     weights = take(STEP * TILE);
     rows = take((size_t)TILE * width);
@@ -84,20 +81,24 @@ struct Scratch {
 template <class Mode, class Element>
 struct Row {
   const Call& call;
-  Scratch& scratch;
+  Scratch<Mode>& scratch;
   const int64_t sample, head;
   const Windows& windows;
-  const float scale;
+  const float scale;   // of float32 queries, to scores in powers of two
+  const float factor;  // of scores, where queries stay as they are but for their sign
+  const Half sign;
   int tiles = 0, keys = 0;
   bool partial = false, pooled = false;
 
-  Row(const Call& call, Scratch& scratch, int64_t sample, int64_t row)
+  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
       : call(call),
         scratch(scratch),
         sample(sample),
         head(row / call.query_blocks),
         windows(call.windows[head]),
-        scale((float)call.scale * LOG2_E) {
+        scale((float)call.scale * LOG2_E),
+        factor(Mode::PACKED == 2 ? std::fabs(scale) : 1.f),
+        sign(call.scale < 0 ? 0x8000 : 0) {
     const int64_t block = row % call.query_blocks;
     for (int64_t at = call.query_offsets[block]; at < call.query_offsets[block + 1]; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, call.query_offsets[block + 1] - at));
@@ -116,14 +117,12 @@ struct Row {
     tile.count = count;
     for (int i = 0; i < TILE; i++) {
       float* row = scratch.rows + i * scratch.width;
-      if (i >= count) {
-        memset(row, 0, scratch.width * sizeof(float));
-        continue;
-      }
+      memset(row, 0, scratch.width * sizeof(float));
+      if (i >= count) continue;
       tile.tokens[i] = call.permutation[first + i];
       const Element* query = at(call.query, tile.tokens[i]);
       if constexpr (Mode::PACKED == 2)
-        memcpy(row, query, call.head_dim * sizeof(Element));
+        for (int d = 0; d < call.head_dim; d++) ((Half*)row)[d] = query[d].bits ^ sign;
       else
         for (int d = 0; d < call.head_dim; d++) row[d] = widened(query[d]) * scale;
     }
@@ -158,15 +157,9 @@ struct Row {
       scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
       pooled |= count > 1;
       take(call.key, tokens, count, scratch.keys + (int64_t)keys * scratch.depth);
-      take(call.value, tokens, count, values(keys));
+      take(call.value, tokens, count, scratch.values + (int64_t)keys * scratch.width);
       if (++keys == STEP) step();
     }
-  }
-
-  // Where a value is put down. Pairs are woven together in `step`, so that they lie apart here.
-  float* values(int key) {
-    return scratch.values + (int64_t)key * scratch.width +
-           (Mode::PACKED == 2 ? (int64_t)STEP * scratch.width : 0);
   }
 
   // The mean of some tokens, as Mode wants it.
@@ -192,36 +185,53 @@ struct Row {
 
   // Let every tile of queries look at the keys that were taken.
   void step() {
-    if constexpr (Mode::PACKED == 2) {
-      if (keys % 2) memset(values(keys), 0, scratch.width * sizeof(float));
-      for (int key = 0; key < keys; key += 2) {
-        const Half *a = (const Half*)values(key), *b = (const Half*)values(key + 1);
-        uint32_t* to = (uint32_t*)scratch.values + (int64_t)key / 2 * scratch.width;
-        for (int d = 0; d < scratch.width; d++) to[d] = a[d] | (uint32_t)b[d] << 16;
-      }
-    }
+    const float* values = scratch.values;
+    if constexpr (Mode::PACKED == 2) values = weave();
+    const int words = (call.head_dim + Mode::PACKED - 1) / Mode::PACKED;
+    const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
-      const int depth = (call.head_dim + Mode::PACKED - 1) / Mode::PACKED;
-      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, depth, scratch.scores, keys);
+      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, words, scratch.scores,
+                           keys);
       if (partial)
         soften<true>(tile);
       else
         soften<false>(tile);
-      product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, scratch.values, 1,
-                          scratch.width, (keys + Mode::PACKED - 1) / Mode::PACKED, tile.sums,
+      product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
+                          Mode::TURNED ? STEP / 2 : 1, scratch.width, packs, tile.sums,
                           call.head_dim);
     }
     keys = 0;
     pooled = false;
   }
 
+  // Values of neighboring keys side by side in a word; by depth and then key where TURNED.
+  const float* weave() {
+    const int end = Mode::TURNED ? padded(keys, Mode::PAD) : padded(keys, 2);
+    for (int key = keys; key < end; key++)
+      memset(scratch.values + (int64_t)key * scratch.width, 0, scratch.width * sizeof(float));
+    for (int key = 0; key < end; key += 2) {
+      const Half* a = (const Half*)(scratch.values + (int64_t)key * scratch.width);
+      const Half* b = (const Half*)(scratch.values + (int64_t)(key + 1) * scratch.width);
+      uint32_t* to = (uint32_t*)scratch.woven + (int64_t)key / 2 * scratch.width;
+      for (int d = 0; d < scratch.width; d++) to[d] = a[d] | (uint32_t)b[d] << 16;
+    }
+    if (!Mode::TURNED) return scratch.woven;
+    float* turned = scratch.woven + (int64_t)STEP * scratch.width;
+    for (int d = 0; d < scratch.width; d += LANES)
+      for (int pair = 0; pair < end / 2; pair += LANES)
+        transpose(scratch.woven + (int64_t)pair * scratch.width + d, scratch.width,
+                  turned + d * (STEP / 2) + pair, STEP / 2);
+    return turned;
+  }
+
   // Scores to weights; what was summed up before is scaled down where a maximum grew.
   template <bool MASKED>
   void soften(Tile& tile) {
+    constexpr bool ROUGH = Mode::PACKED == 2;
+    const bool changed = MASKED || pooled;
     Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
-    const bool changed = MASKED || pooled || Mode::PACKED == 2;
     for (int key = 0; key < keys; key++) {
       const int32_t* inside[AXES];
       if (MASKED)
@@ -229,8 +239,7 @@ struct Row {
       for (int v = 0; v < VECTORS; v++) {
         float* at = scratch.scores + key * TILE + v * LANES;
         Vector score = load(at);
-        if (Mode::PACKED == 2) score *= all(scale);
-        if (pooled) score += all(scratch.bias[key]);
+        if (changed) score = score * all(factor) + all(scratch.bias[key]);
         if (MASKED) {
           Bits kept = ~(Bits){};
           for (int axis = 0; axis < windows.axes; axis++)
@@ -241,37 +250,46 @@ struct Row {
         largest[v] = larger(score, largest[v]);
       }
     }
+    const Vector unit = all(changed ? 1.f : factor);
+    Bits grew = {};
     for (int v = 0; v < VECTORS; v++) {
-      const Vector before = load(tile.largest + v * LANES);
-      const Bits grew = largest[v] > before + all(GROWTH);
-      int any = 0;
-      for (int lane = 0; lane < LANES; lane++) any |= grew[lane];
-      if (any) {
-        const Vector after = larger(largest[v], before), shrink = exp2(before - after);
-        store(tile.largest + v * LANES, after);
-        store(tile.total + v * LANES, load(tile.total + v * LANES) * shrink);
-        for (int d = 0; d < call.head_dim; d++) {
-          float* sum = tile.sums + d * TILE + v * LANES;
-          store(sum, load(sum) * shrink);
-        }
-      }
+      largest[v] *= unit;
+      grew |= largest[v] > load(tile.largest + v * LANES) + all(GROWTH);
     }
+    if (any(grew)) raise(tile, largest);
     for (int v = 0; v < VECTORS; v++) {
       const Vector top = load(tile.largest + v * LANES);
       Vector total = load(tile.total + v * LANES);
       for (int key = 0; key < keys; key += Mode::PACKED) {
         float* at = scratch.scores + key * TILE + v * LANES;
-        const Vector weight = exp2(load(at) - top);
+        const Vector weight = exp2<ROUGH>(load(at) * unit - top);
         total += weight;
         if constexpr (Mode::PACKED == 1) {
           store(at, weight);
         } else {
-          const Vector next = key + 1 < keys ? exp2(load(at + TILE) - top) : all(0.f);
+          Vector next = all(0.f);
+          if (key + 1 < keys) next = exp2<ROUGH>(load(at + TILE) * unit - top);
           total += next;
           store(scratch.weights + key / 2 * TILE + v * LANES, Mode::paired(weight, next));
         }
       }
       store(tile.total + v * LANES, total);
+    }
+    if (Mode::TURNED)
+      for (int pair = (keys + 1) / 2; pair < padded(keys, Mode::PAD) / 2; pair++)
+        memset(scratch.weights + pair * TILE, 0, TILE * sizeof(float));
+  }
+
+  void raise(Tile& tile, const Vector* largest) {
+    for (int v = 0; v < VECTORS; v++) {
+      const Vector before = load(tile.largest + v * LANES);
+      const Vector after = larger(largest[v], before), shrink = exp2<false>(before - after);
+      store(tile.largest + v * LANES, after);
+      store(tile.total + v * LANES, load(tile.total + v * LANES) * shrink);
+      for (int d = 0; d < call.head_dim; d++) {
+        float* sum = tile.sums + d * TILE + v * LANES;
+        store(sum, load(sum) * shrink);
+      }
     }
   }
 

@@ -23,17 +23,35 @@ INLINE Vector where(Bits mask, Vector yes, Vector no) {
 }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
-// 2^x by rounding, a polynomial on [-1/2, 1/2] and an addition to the exponent. NaN stays NaN.
+INLINE bool any(Bits mask) {
+  int64_t words[LANES / 2], found = 0;
+  memcpy(words, &mask, sizeof mask);
+  for (int i = 0; i < LANES / 2; i++) found |= words[i];
+  return found != 0;
+}
+
+// 2^x, not below 2^-64, by rounding, a polynomial on [-1/2, 1/2] and an addition to the exponent.
+// The bound keeps products with it out of the subnormal numbers, which take a hundred times as
+// long. ROUGH is for what is rounded to 8 bits afterwards. NaN stays NaN.
+template <bool ROUGH>
 INLINE Vector exp2(Vector x) {
-  x = x < all(-126.f) ? all(-126.f) : x;
+  x = x < all(-64.f) ? all(-64.f) : x;
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: integers are its units in the last place
-  Vector rounded = x + shift, part = x - (rounded - shift);
-  Vector y = all(1.33335581e-3f);
-  y = y * part + all(9.6181291e-3f);
-  y = y * part + all(5.5504109e-2f);
-  y = y * part + all(2.4022651e-1f);
-  y = y * part + all(6.9314718e-1f);
-  y = y * part + all(1.f);
+  const Vector rounded = x + shift, part = x - (rounded - shift);
+  Vector y;
+  if (ROUGH) {
+    y = all(5.5171669e-2f);
+    y = y * part + all(2.4261262e-1f);
+    y = y * part + all(6.9326099e-1f);
+    y = y * part + all(9.9992807e-1f);
+  } else {
+    y = all(1.33335581e-3f);
+    y = y * part + all(9.6181291e-3f);
+    y = y * part + all(5.5504109e-2f);
+    y = y * part + all(2.4022651e-1f);
+    y = y * part + all(6.9314718e-1f);
+    y = y * part + all(1.f);
+  }
   return (Vector)((Bits)y + ((Bits)rounded << 23));
 }
 
