@@ -28,7 +28,11 @@ def supports(call: AttentionCall) -> str | None:
         return f"runs on CUDA, the tensors are on {call.query.device}"
     if importlib.util.find_spec("natten") is None:
         return "natten is not installed"
-    if not getattr(_natten(), "HAS_LIBNATTEN", False):
+    try:
+        built = getattr(_natten(), "HAS_LIBNATTEN", False)
+    except (ImportError, OSError) as error:
+        return f"natten cannot be imported: {error}"
+    if not built:
         return "natten was built without its kernels (libnatten); install a wheel that has them"
     if patterns is None:
         return "takes neighborhoods, got a table of blocks"

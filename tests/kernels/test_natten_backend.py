@@ -83,6 +83,9 @@ def test_tables_of_blocks_are_refused(natten: list[dict[str, Any]]):
 def test_natten_missing_and_natten_without_kernels(monkeypatch: pytest.MonkeyPatch, natten):
     monkeypatch.setattr(sys.modules["natten"], "HAS_LIBNATTEN", False)
     assert "built without its kernels (libnatten)" in str(natten_backend.supports(call([BOX])))
+    monkeypatch.setitem(sys.modules, "natten", None)
+    monkeypatch.setattr(natten_backend.importlib.util, "find_spec", lambda name: "found")
+    assert "natten cannot be imported: " in str(natten_backend.supports(call([BOX])))
     monkeypatch.setattr(natten_backend.importlib.util, "find_spec", lambda name: None)
     assert natten_backend.supports(call([BOX])) == "natten is not installed"
 
