@@ -141,7 +141,7 @@ def _row(
     pairs = density * tokens**2 * workload.heads
     return Row(
         backend=backend,
-        **_values(workload) | {"density": density},
+        **{**_values(workload), "density": density},
         seconds=own,
         dense_seconds=dense,
         speedup=dense / own,

@@ -71,8 +71,8 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed)
         shape = 3, 1, self.grid.tokens, self.heads, self.head_dim
         operands = torch.randn(shape, generator=generator)
-        operands = operands.to(self.device, getattr(torch, self.dtype))
-        return AttentionCall(*operands, self.blocks(), self.head_dim**-0.5)
+        query, key, value = operands.to(self.device, getattr(torch, self.dtype))
+        return AttentionCall(query, key, value, self.blocks(), self.head_dim**-0.5)
 
     def blocks(self) -> BlockIndices:
         """The blocks to visit."""

@@ -41,8 +41,8 @@ def test_a_right_backend_passes_with_its_error(pattern: str, dtype: str) -> None
 
 def test_exact_attention_is_that_of_the_reference() -> None:
     call = Workload(GRID, head_dim=16, block=8).call()
-    operands = (x.double() for x in (call.query, call.key, call.value))
-    output, lse = reference.run(AttentionCall(*operands, call.blocks, call.scale))
+    query, key, value = (x.double() for x in (call.query, call.key, call.value))
+    output, lse = reference.run(AttentionCall(query, key, value, call.blocks, call.scale))
     rows = torch.tensor([0, 50, 110])
     for head in range(2):
         came, sums = exact(call, head, rows)

@@ -233,8 +233,8 @@ def test_the_compiled_kernel(grid: TokenGrid, dtype: torch.dtype, operands, mask
     kept = torch.stack([pattern.mask(grid) for pattern in PATTERNS])
     expected = masked_attention(query, key, value, kept)
     blocks = block_indices(PATTERNS, grid, raster(), 32, 64)
-    operands_there = (x.cuda() for x in (query, key, value))
-    output, lse = sparse_attention(*operands_there, blocks, backend="flex")
+    query, key, value = (x.cuda() for x in (query, key, value))
+    output, lse = sparse_attention(query, key, value, blocks, backend="flex")
     limit = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(output.cpu().double(), expected[0], atol=limit, rtol=limit)
     torch.testing.assert_close(lse.cpu().double(), expected[1], atol=limit, rtol=limit)
