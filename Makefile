@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dit-sparse-installed
 
-.PHONY: setup demo test lint format
+.PHONY: setup demo test lint format bench
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/dit-sparse bench
 
 lint: setup
 	$(BIN)/ruff check

@@ -13,37 +13,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dit_sparse.bench_command import bench
 from dit_sparse.options import (
     BackendOption,
     DeviceOption,
-    DilationOption,
     DtypeOption,
     FramesOption,
-    GridOption,
     GuidanceOption,
     HeightOption,
     JsonOption,
-    KVTileOption,
     ModelOption,
     OutOption,
     OverwriteOption,
     PatternTextOption,
     PromptOption,
     PromptsOption,
-    QTileOption,
     SeedOption,
     StepsOption,
-    StrideOption,
     WidthOption,
-    WindowOption,
-    check_simulated,
-    counts_of,
     grid_of,
     prompts_of,
 )
+from dit_sparse.simulate_command import simulate
 from dit_sparse.terminal import (
     output,
-    print_bounds,
     print_comparison,
     print_picture,
     print_plan,
@@ -318,50 +311,21 @@ def show(
 
 
 @app.command()
-def simulate(
-    grid: GridOption = None,
-    window: WindowOption = None,
-    stride: StrideOption = None,
-    dilation: DilationOption = None,
-    pattern: PatternTextOption = None,
-    plan: Annotated[str | None, typer.Option(metavar="DIR", help="All heads of a plan.")] = None,
-    q_tile: QTileOption = None,
-    kv_tile: KVTileOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Bound the speed-up of a neighborhood, of any pattern or of a plan by the tiles it visits."""
-    check_simulated(grid, window, stride or dilation, pattern, plan, q_tile or kv_tile)
-    shape = None if grid is None else grid_of(grid)
-    counts = {"--window": window, "--stride": stride, "--dilation": dilation}
-    sizes = [counts_of(name, text or "1x1x1") for name, text in counts.items()]
-    tiles = counts_of("--q-tile", q_tile or "4x4x4"), counts_of("--kv-tile", kv_tile or "4x4x4")
-
-    from dit_sparse import bounds
-    from dit_sparse.kernels.pattern import Neighborhood
-    from dit_sparse.kernels.pattern_text import pattern_from_text
-
-    if shape is None or plan is not None:
-        found = bounds.of_plan(_plan(plan or ""), shape)
-    elif pattern is not None:
-        found = bounds.of_pattern(pattern_from_text(pattern), shape, *tiles)
-    else:
-        of = bounds.of_pattern if stride else bounds.of_strides
-        found = of(Neighborhood(*sizes), shape, *tiles)
-    print_bounds(found, json_output)
-
-
-@app.command()
 def env(json_output: JsonOption = False) -> None:
     """Print machine, versions and backends, to be pasted into an issue."""
-    from dit_sparse.environment import backends, environment
+    from dit_sparse.environment import backends, calibrations, environment
 
-    values = {**environment(), "backends": backends()}
+    values = {**environment(), "backends": backends(), "calibration": calibrations()}
     if json_output:
         print(json.dumps(values))
         return
     from dit_sparse.tables import environment_table
 
     output().print(environment_table(values))
+
+
+app.command()(simulate)
+app.command()(bench)
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ def environment() -> dict[str, Any]:
     """Everything that a reader of a figure must know, as JSON-ready values."""
     import torch
 
+    from dit_sparse.kernels.calibration import processor
+
     accelerators = [
         torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
     ]
@@ -34,7 +36,7 @@ def environment() -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "memory_gib": _memory_gib(),
             "accelerators": accelerators,
@@ -77,6 +79,25 @@ def backends() -> list[dict[str, str | None]]:
     return rows
 
 
+def calibrations() -> dict[str, str]:
+    """For each device, what `backend="auto"` knows of its backends' costs."""
+    import torch
+
+    from dit_sparse.kernels.calibration import device_name, path_of, read
+
+    states = {}
+    for kind in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+        path = path_of(device_name(torch.device(kind)))
+        try:
+            measured = sorted({backend for backend, _, _ in read(path).costs})
+            states[kind] = f"{', '.join(measured)} in {path}"
+        except FileNotFoundError:
+            states[kind] = "none, so backends are taken in their own order"
+        except (ValueError, OSError) as error:
+            states[kind] = f"none: {error}"
+    return states
+
+
 def revision() -> str | None:
     """The commit of the checkout this package runs from, `+` when files were changed since.
 
@@ -103,15 +124,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

@@ -47,39 +47,6 @@ PatternTextOption = Annotated[
 ]
 GridOption = Annotated[str | None, typer.Option("--grid", metavar="TxHxW", help="Token grid.")]
 
-WindowOption = Annotated[
-    str | None, typer.Option(metavar="TxHxW", help="Window of a neighborhood.")
-]
-StrideOption = Annotated[
-    str | None, typer.Option(metavar="TxHxW", help="Default: all that are worth it.")
-]
-DilationOption = Annotated[str | None, typer.Option(metavar="TxHxW", help="Default: 1x1x1.")]
-QTileOption = Annotated[
-    str | None, typer.Option(metavar="TxHxW", help="Queries of a tile; default: 4x4x4.")
-]
-KVTileOption = Annotated[
-    str | None, typer.Option(metavar="TxHxW", help="Keys of a tile; default: 4x4x4.")
-]
-
-
-def check_simulated(
-    grid: str | None,
-    window: str | None,
-    of_window: str | None,
-    pattern: str | None,
-    plan: str | None,
-    tiles: str | None,
-) -> None:
-    """Refuse options of `simulate` that do not go together."""
-    if [window, pattern, plan].count(None) != 2:
-        raise typer.BadParameter("give one of --window TxHxW, --pattern TEXT and --plan DIR")
-    if window is None and of_window is not None:
-        raise typer.BadParameter("--stride and --dilation go with --window")
-    if plan is not None and tiles is not None:
-        raise typer.BadParameter("--plan has blocks of its own; leave --q-tile and --kv-tile")
-    if plan is None and grid is None:
-        raise typer.BadParameter("give the token grid: --grid 30x48x80")
-
 
 def grid_of(text: str) -> tuple[int, int, int]:
     """A token grid written as `15x16x16`: frames, height, width."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dit_sparse.pipelines.load import load_pipeline
-from dit_sparse.settings import Settings, check_dtype, model_defaults, settings_for
+from dit_sparse.settings import Settings, check_device, check_dtype, model_defaults, settings_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def open_session(model: str | Path, **asked: Any) -> Session:
     """
     defaults = model_defaults(model)
     device = asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    check_device(device)
     usual = "bfloat16" if device.startswith("cuda") else "float32"
     dtype = asked.get("dtype") or defaults.get("dtype", usual)
     check_dtype(dtype)
@@ -42,12 +42,3 @@ def open_session(model: str | Path, **asked: Any) -> Session:
     pipe = load_pipeline(model, getattr(torch, dtype), device)
     chosen = asked | {"device": device, "dtype": dtype}
     return Session(pipe, str(model), settings_for(pipe, defaults, **chosen))
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no such device; use --device cpu")

@@ -43,6 +43,18 @@ def check_dtype(name: str) -> None:
         raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(get_args(Dtype))}")
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError unless it is the name of a device that is there."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown; use cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch finds no such device; use --device cpu")
+
+
 class _Generation(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -114,12 +114,74 @@ def bounds_table(found: dict[str, Any]) -> Group:
     return Group(table, *lines)
 
 
+def bench_table(data: dict[str, Any]) -> Group:
+    """A line for each backend on each workload."""
+    table = Table(box=SIMPLE)
+    for column in ("backend", "pattern", "dtype"):
+        table.add_column(column, no_wrap=True)
+    figures = ("tokens", "dim", "density", "ms", "speed-up", "of ideal", "efficiency")
+    for column in (*figures, "GFLOP/s", "GEMM", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in data["rows"]:
+        efficiency = row["sparsity_efficiency"]
+        table.add_row(
+            row["backend"],
+            row["pattern"],
+            row["dtype"],
+            str(row["tokens"]),
+            str(row["head_dim"]),
+            f"{row['density']:.3f}",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['fraction_of_ideal']:.2f}",
+            "-" if efficiency is None else f"{efficiency:.2f}",
+            f"{row['gflops']:.0f}",
+            f"{row['gemm_gflops']:.0f}",
+            f"{row['max_error']:.0e}",
+        )
+    machine = data["environment"]["machine"]
+    return Group(
+        f"{machine['processor']}, {data['environment']['threads']} threads"
+        + "".join(f", {name}" for name in machine["accelerators"]),
+        table,
+        "speed-up: over dense SDPA; of ideal: speed-up x density; efficiency: over the same "
+        "backend at density 1, x density",
+        f"{data['protocol']['timing']}; error: largest against float64",
+    )
+
+
+def calibration_table(data: dict[str, Any]) -> Group:
+    """A line for each backend, dtype and head_dim that was calibrated."""
+    table = Table(box=SIMPLE)
+    for column in ("backend", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("dim", "launch", "query block", "whole", "partial", "held-out", "worst"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in data["costs"]:
+        parts = (row[name] for name in ("launch", "query_block", "whole", "partial"))
+        table.add_row(
+            row["backend"],
+            row["dtype"],
+            str(row["head_dim"]),
+            *(f"{1e6 * part:.1f} us" for part in parts),
+            f"{row['mean_error']:.1%}",
+            f"{row['largest_error']:.1%}",
+        )
+    devices = ", ".join(dict.fromkeys(row["device"] for row in data["costs"]))
+    return Group(
+        devices,
+        table,
+        "costs of blocks of 128 x 128 tokens, fitted by relative error",
+        "held-out error: mean and worst on measurements that a second fit did not see",
+    )
+
+
 def environment_table(values: dict[str, Any]) -> Group:
     """A block to paste into an issue."""
     lines = []
     for name, value in values.items():
         rows = value if isinstance(value, dict) else {name: value}
-        if name != "backends":
+        if name not in ("backends", "calibration"):
             lines += [
                 f"{key:>16}: {'-' if inner in (None, []) else inner}"
                 for key, inner in rows.items()
@@ -130,7 +192,8 @@ def environment_table(values: dict[str, Any]) -> Group:
     for row in values["backends"]:
         verdict = "runs" if row["reason"] is None else row["reason"]
         table.add_row(row["backend"], row["device"], row["dtype"], verdict)
-    return Group(*lines, table)
+    states = [f"calibration of {name}: {state}" for name, state in values["calibration"].items()]
+    return Group(*lines, table, *states)
 
 
 def _cell(pattern: str, density: float | None) -> str:

@@ -69,7 +69,7 @@ def test_kernels_need_torch_and_einops_alone(path: Path) -> None:
     ("library", "homes"),
     [
         ("diffusers", {"pipelines"}),
-        ("typer", {"dit_sparse/cli.py", "dit_sparse/options.py"}),
+        ("typer", {"dit_sparse/cli.py", "dit_sparse/options.py", "dit_sparse/bench_command.py"}),
         ("imageio", {"dit_sparse/video.py"}),
         ("matplotlib", {"dit_sparse/plots.py"}),
     ],

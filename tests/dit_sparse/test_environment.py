@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from dit_sparse import environment as module
-from dit_sparse.environment import backends, environment, revision
+from dit_sparse.environment import backends, calibrations, environment, revision
 from dit_sparse.kernels.backend import BACKENDS
 
 
@@ -25,6 +26,19 @@ def test_every_backend_has_its_say() -> None:
     assert {"cpu"} <= {row["device"] for row in rows}
     reference = [row for row in rows if row["backend"] == "reference"]
     assert all(row["reason"] is None for row in reference)
+
+
+def test_the_state_of_the_calibration_is_told() -> None:
+    from dit_sparse.kernels.calibration import Calibration, Cost, device_name, path_of, write
+
+    assert calibrations()["cpu"] == "none, so backends are taken in their own order"
+    cost = Cost(0.0, 0.0, 1.0, 1.0, samples=4, mean_error=0.0, largest_error=0.0)
+    name = device_name(torch.device("cpu"))
+    write(Calibration(name, {("gather", "float32", 64): cost, ("gather", "float32", 128): cost}))
+    assert calibrations()["cpu"] == f"gather in {path_of(name)}"
+    path_of(name).write_text("{")
+    assert "none: " in calibrations()["cpu"]
+    assert "is no calibration" in calibrations()["cpu"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

@@ -1,0 +1,251 @@
+"""Bench: the speed of every backend beside dense attention, each verified before it is timed.
+
+    speedup             = dense SDPA seconds / seconds
+    fraction_of_ideal   = speedup * block density
+    sparsity_efficiency = seconds of the same backend at density 1 / seconds * block density
+    gflops              = 4 * head_dim * pairs in visited blocks / seconds
+
+Dense SDPA and the GEMM are timed in the same rounds as the backends.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_sparse.environment import environment
+from dit_sparse.kernels.calibration import (
+    Calibration,
+    Cost,
+    Kind,
+    Work,
+    device_name,
+    fit,
+    path_of,
+    work_of,
+)
+from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.measurement import accepting, candidates, interleaved, verify
+from dit_sparse.runs import prepare_folder
+from dit_sparse.workload import Workload
+
+OnRound = Callable[[int, int], None]
+
+_GEMM_SIDE = {"cpu": 1024}
+_GEMM_SIDE_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One backend on one workload; `density` is the block density that was computed."""
+
+    backend: str
+    device: str
+    dtype: str
+    heads: int
+    head_dim: int
+    tokens: int
+    block: int
+    pattern: str
+    density: float
+    seconds: float
+    dense_seconds: float
+    speedup: float
+    fraction_of_ideal: float
+    sparsity_efficiency: float | None
+    gflops: float
+    gemm_gflops: float
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """All rows, and why a backend has none for a workload."""
+
+    rows: list[Row]
+    refusals: list[dict[str, Any]]
+    repeats: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with what a reader of the figures must know."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "refusals": self.refusals,
+            "protocol": {
+                "verified": "output and LSE of sampled rows against float64, before timing",
+                "timing": f"interleaved in one process, median of {self.repeats} rounds",
+                "dense": "torch.nn.functional.scaled_dot_product_attention, heads first",
+            },
+            "environment": environment(),
+        }
+
+
+def bench(
+    workloads: Sequence[Workload],
+    backends: Sequence[str] = (),
+    repeats: int = 5,
+    on_round: OnRound | None = None,
+) -> Bench:
+    """Verify and time `backends` (of these names; all by default) on every workload.
+
+    Raises:
+        ValueError: a backend that was named refuses, all refuse, or one is wrong.
+    """
+    chosen = candidates(backends)
+    found = Bench([], [], repeats)
+    for workload in workloads:
+        call = workload.call()
+        accepted, reasons = accepting(chosen, call)
+        for name, reason in reasons.items():
+            if name in backends:
+                raise ValueError(f"backend {name!r} refuses {describe(workload)}: {reason}")
+            found.refusals.append({"backend": name, **_values(workload), "reason": reason})
+        if not accepted:
+            table = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+            raise ValueError(f"no backend accepts {describe(workload)}:{table}")
+        errors = {backend.name: verify(backend, call) for backend in accepted}
+        full = AttentionCall(
+            call.query, call.key, call.value, workload.dense().blocks(), call.scale
+        )
+        jobs: dict[tuple[str, str], Callable[[], object]] = {
+            ("dense", "SDPA"): _dense(call),
+            ("dense", "GEMM"): _gemm(call),
+        }
+        for backend in accepted:
+            jobs[backend.name, "sparse"] = partial(backend.run, call)
+            if backend.supports(full) is None:
+                verify(backend, full)
+                jobs[backend.name, "full"] = partial(backend.run, full)
+        seconds = interleaved(jobs, repeats, call.query.device, on_round)
+        density = call.blocks.density().block
+        for name, error in errors.items():
+            found.rows.append(_row(workload, name, density, seconds, error))
+    return found
+
+
+def _row(
+    workload: Workload,
+    backend: str,
+    density: float,
+    seconds: dict[tuple[str, str], float],
+    error: float,
+) -> Row:
+    own, dense = seconds[backend, "sparse"], seconds["dense", "SDPA"]
+    full = seconds.get((backend, "full"))
+    tokens = workload.grid.tokens
+    pairs = density * tokens**2 * workload.heads
+    return Row(
+        backend=backend,
+        **{**_values(workload), "density": density},
+        seconds=own,
+        dense_seconds=dense,
+        speedup=dense / own,
+        fraction_of_ideal=dense / own * density,
+        sparsity_efficiency=None if full is None else full / own * density,
+        gflops=4 * workload.head_dim * pairs / own / 1e9,
+        gemm_gflops=2 * _gemm_side(workload.device) ** 3 / seconds["dense", "GEMM"] / 1e9,
+        max_error=error,
+    )
+
+
+def _values(workload: Workload) -> dict[str, Any]:
+    return {
+        "device": workload.device,
+        "dtype": workload.dtype,
+        "heads": workload.heads,
+        "head_dim": workload.head_dim,
+        "tokens": workload.grid.tokens,
+        "block": workload.block,
+        "pattern": workload.pattern,
+        "density": workload.density,
+    }
+
+
+def describe(workload: Workload) -> str:
+    """A workload in a line."""
+    return (
+        f"{workload.pattern} of density {workload.density:g} on {workload.grid.tokens} tokens, "
+        f"head_dim {workload.head_dim}, {workload.dtype} on {workload.device}"
+    )
+
+
+def _dense(call: AttentionCall) -> Callable[[], object]:
+    query, key, value = (
+        x.transpose(1, 2).contiguous() for x in (call.query, call.key, call.value)
+    )
+    return partial(scaled_dot_product_attention, query, key, value, scale=call.scale)
+
+
+def _gemm(call: AttentionCall) -> Callable[[], object]:
+    side = _gemm_side(call.query.device.type)
+    left, right = torch.ones(2, side, side, dtype=call.query.dtype, device=call.query.device)
+    return partial(torch.mm, left, right)
+
+
+def _gemm_side(device: str) -> int:
+    return _GEMM_SIDE.get(torch.device(device).type, _GEMM_SIDE_ELSEWHERE)
+
+
+def calibrate(
+    workloads: Sequence[Workload],
+    backends: Sequence[str] = (),
+    repeats: int = 5,
+    on_round: OnRound | None = None,
+) -> Calibration:
+    """The costs of `backends` on the one device of `workloads`, which are also verified.
+
+    Raises:
+        ValueError: a backend that was named refuses everything, or one is wrong, or too little
+            was measured.
+    """
+    chosen = candidates(backends)
+    samples: dict[Kind, list[tuple[Work, float]]] = {}
+    for workload in workloads:
+        call = workload.call()
+        accepted, _ = accepting(chosen, call)
+        for backend in accepted:
+            verify(backend, call)
+        jobs = {backend.name: partial(backend.run, call) for backend in accepted}
+        work = work_of(call.blocks)
+        for name, seconds in interleaved(jobs, repeats, call.query.device, on_round).items():
+            kind = name, workload.dtype, workload.head_dim
+            samples.setdefault(kind, []).append((work, seconds))
+    silent = [name for name in backends if name not in {kind[0] for kind in samples}]
+    if silent or not samples:
+        refusing = silent or [backend.name for backend in chosen]
+        _, reasons = accepting(candidates(refusing), workloads[0].call())
+        table = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"nothing to calibrate:{table}")
+    device = device_name(torch.device(workloads[0].device))
+    costs: dict[Kind, Cost] = {kind: fit(measured) for kind, measured in samples.items()}
+    return Calibration(device, costs)
+
+
+def calibration_to_dict(calibrations: Sequence[Calibration]) -> dict[str, Any]:
+    """As JSON, with what a reader of the figures must know."""
+    return {
+        "costs": [
+            {
+                "device": calibration.device,
+                "backend": backend,
+                "dtype": dtype,
+                "head_dim": head_dim,
+                **asdict(cost),
+            }
+            for calibration in calibrations
+            for (backend, dtype, head_dim), cost in calibration.costs.items()
+        ],
+        "files": [str(path_of(calibration.device)) for calibration in calibrations],
+        "environment": environment(),
+    }
+
+
+def write_bench(path: Path, data: dict[str, Any]) -> None:
+    """Write a result as JSON."""
+    prepare_folder(path.parent)
+    path.write_text(json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,133 @@
+"""Measurement: whether a backend is right, and how long things take side by side.
+
+Right: output and LSE of rows from every part of the sequence, against attention written out in
+float64. Long: every job once unmeasured, then all of them in turn, round after round; medians.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.backend import BACKENDS, Backend
+from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.call import AttentionCall
+
+Name = TypeVar("Name")
+
+LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+# The specification is no candidate: it is timed only when it is asked for.
+_UNTIMED = ("reference",)
+
+# Rows that are looked at, in all heads together; at least so many in each.
+_ROWS, _LEAST_ROWS = 1024, 16
+
+
+def candidates(names: Sequence[str] = ()) -> list[Backend]:
+    """The backends of these names; without names, all that can be worth timing."""
+    known = {backend.name: backend for backend in BACKENDS}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown backend {name!r}; use one of {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)] or [
+        backend for name, backend in known.items() if name not in _UNTIMED
+    ]
+
+
+def accepting(
+    backends: Sequence[Backend], call: AttentionCall
+) -> tuple[list[Backend], dict[str, str]]:
+    """Those that accept `call`, and the reasons of the others."""
+    reasons = {backend.name: backend.supports(call) for backend in backends}
+    refusals = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [backend for backend in backends if backend.name not in refusals], refusals
+
+
+def verify(backend: Backend, call: AttentionCall) -> float:
+    """The largest error of output and LSE on the rows that are looked at.
+
+    That of the output is relative to the largest output, that of the LSE to the LSE, or to 1
+    where it is smaller.
+
+    Raises:
+        ValueError: the error is larger than rounding can explain.
+    """
+    output, lse = backend.run(call)
+    errors = []
+    for head in range(call.blocks.heads):
+        rows = _sample(call.blocks)
+        true_output, true_lse = exact(call, head, rows)
+        rows = rows.to(output.device)
+        for came, true, scale in (
+            (output[0, rows, head], true_output, true_output.abs().max()),
+            (lse[0, head, rows], true_lse, true_lse.abs().clamp_min(1)),
+        ):
+            errors.append(((came.double() - true).abs() / scale).max())
+    worst = float(torch.stack(errors).max())
+    limit = LARGEST_ERROR[call.query.dtype]
+    if not worst <= limit:  # true of NaN as well
+        raise ValueError(
+            f"backend {backend.name!r} is wrong on this machine: its largest error against "
+            f"float64 is {worst:.1e}, at most {limit:.0e} was expected for {call.query.dtype} "
+            f"at {call.query.shape[1]} tokens, head_dim {call.query.shape[3]}; nothing was timed"
+        )
+    return worst
+
+
+def exact(call: AttentionCall, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE of some queries (raster tokens) of the first sample, in float64."""
+    query, key, value = (x[0, :, head].double() for x in (call.query, call.key, call.value))
+    logits = call.scale * query[rows.to(query.device)] @ key.T
+    visible = _visible(call.blocks, head, rows).to(query.device)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    return logits.softmax(-1) @ value, logits.logsumexp(-1)
+
+
+def _visible(blocks: BlockIndices, head: int, rows: Tensor) -> Tensor:
+    """Which tokens each of `rows` sees, by the pattern or, without one, by the lists."""
+    if blocks.patterns is not None:
+        return blocks.patterns[head].rows(blocks.grid, rows)
+    place = blocks.permutation.argsort()[rows]
+    visible = torch.zeros(len(rows), blocks.grid.tokens, dtype=torch.bool)
+    row_blocks = torch.searchsorted(blocks.query_offsets, place, right=True) - 1
+    for row, block in enumerate(row_blocks.tolist()):
+        for key_block, _ in blocks.entries(head, block):
+            visible[row, blocks.key_tokens(key_block)] = True
+    return visible
+
+
+def _sample(blocks: BlockIndices) -> Tensor:
+    """Raster tokens from all over the sequence, at changing places in their blocks."""
+    tokens = blocks.grid.tokens
+    rows = min(tokens, max(_LEAST_ROWS, _ROWS // blocks.heads))
+    return blocks.permutation[torch.linspace(0, tokens - 1, rows).long()]
+
+
+def interleaved(
+    jobs: Mapping[Name, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[Name, float]:
+    """Median seconds of every job."""
+    seconds: dict[Name, list[float]] = {name: [] for name in jobs}
+    for turn in range(repeats + 1):
+        for name, job in jobs.items():
+            _finish(device)
+            start = time.perf_counter()
+            job()
+            _finish(device)
+            seconds[name].append(time.perf_counter() - start)
+        if on_round is not None:
+            on_round(turn + 1, repeats + 1)
+    # The first round, in which things are compiled and prepared, does not count.
+    return {name: median(values[1:]) for name, values in seconds.items()}
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
