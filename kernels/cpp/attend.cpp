@@ -1,9 +1,9 @@
-// Attend: all rows of a call, on all threads. Never with -ffast-math, which would undo `exp2`.
+// Attend: all rows of a call, on all threads; and the mass of blocks. Never with -ffast-math, which would undo `exp2`.
 
 #include <atomic>
 #include <thread>
 
-#include "row.h"
+#include "mass.h"
 
 template <class Work>
 static void on_threads(const Call& call, Work& work) {
@@ -16,12 +16,9 @@ static void on_threads(const Call& call, Work& work) {
   for (auto& thread : others) thread.join();
 }
 
-template <class Mode, class Element>
-static void attend(const Call& call) {
-  const int64_t rows = call.heads * call.query_blocks;
-  int64_t block_q = 0;
-  for (int64_t i = 0; i < call.query_blocks; i++)
-    block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
+// Let all threads take items 0, 1, ... until none is left.
+template <class Mode, class Item>
+static void share_out(const Call& call, int64_t block_q, int64_t items, const Item& item) {
   std::vector<std::unique_ptr<Scratch<Mode>>> scratches;
   for (int64_t i = 0; i < call.threads; i++)
     scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q));
@@ -29,32 +26,75 @@ static void attend(const Call& call) {
   auto work = [&] {
     [[maybe_unused]] const typename Mode::Session session;
     Scratch<Mode>& scratch = *scratches[thread++];
-    for (int64_t item; (item = next++) < call.batch * rows;)
-      Row<Mode, Element>(call, scratch, item % call.batch,
-                         call.longest_first[item / call.batch]);
+    for (int64_t number; (number = next++) < items;) item(scratch, number);
   };
   on_threads(call, work);
 }
 
-static void attend_bfloat(const Call& call) {
-#if defined(__AMX_BF16__)
-  if (Tiles::granted()) return attend<Tiles, Bfloat>(call);
-#endif
-#if defined(__AVX512BF16__)
-  attend<Pairs, Bfloat>(call);
-#else
-  attend<Single, Bfloat>(call);
-#endif
-}
+struct Attend {
+  template <class Mode, class Element>
+  void run(const Call& call) const {
+    int64_t block_q = 0;
+    for (int64_t i = 0; i < call.query_blocks; i++)
+      block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
+    const int64_t rows = call.heads * call.query_blocks;
+    share_out<Mode>(call, block_q, call.batch * rows, [&](Scratch<Mode>& scratch, int64_t number) {
+      Row<Mode, Element>(call, scratch, number % call.batch,
+                         call.longest_first[number / call.batch]);
+    });
+  }
+};
+
+// Tiles of slots come in groups that share no query block, so that no two items add to one place.
+struct AddMass {
+  const int64_t *slots, *block;  // [tiles][TILE]
+  const int64_t* group;          // [groups + 1]: tiles of each
+  int64_t groups, key_blocks;
+  float* out;
+
+  template <class Mode, class Element>
+  void run(const Call& call) const {
+    const int64_t each = call.query_blocks * key_blocks, items = call.batch * call.heads * groups;
+    share_out<Mode>(call, TILE, items, [&](Scratch<Mode>& scratch, int64_t number) {
+      const int64_t own = number % groups, head = number / groups % call.heads;
+      const int64_t sample = number / groups / call.heads;
+      for (int64_t tile = group[own]; tile < group[own + 1]; tile++)
+        Mass<Mode, Element>(call, scratch, sample, head, slots + tile * TILE, block + tile * TILE,
+                            out + (sample * call.heads + head) * each, key_blocks);
+    });
+  }
+};
 
 // 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 if memory ran out.
-extern "C" int dit_sparse_attend(const Call* call, int dtype) {
+template <class Task>
+static int with_dtype(const Call& call, int dtype, const Task& task) {
   try {
-    if (dtype == 0) attend<Single, float>(*call);
-    if (dtype == 1) attend_bfloat(*call);
-    if (dtype == 2) attend<Single, Float16>(*call);
+    if (dtype == 0) task.template run<Single, float>(call);
+    if (dtype == 2) task.template run<Single, Float16>(call);
+    if (dtype != 1) return 0;
+#if defined(__AMX_BF16__)
+    if (Tiles::granted()) {
+      task.template run<Tiles, Bfloat>(call);
+      return 0;
+    }
+#endif
+#if defined(__AVX512BF16__)
+    task.template run<Pairs, Bfloat>(call);
+#else
+    task.template run<Single, Bfloat>(call);
+#endif
   } catch (const std::bad_alloc&) {
     return 1;
   }
   return 0;
+}
+
+extern "C" int dit_sparse_attend(const Call* call, int dtype) {
+  return with_dtype(*call, dtype, Attend{});
+}
+
+extern "C" int dit_sparse_mass(const Call* call, int dtype, const int64_t* slots,
+                               const int64_t* block, const int64_t* group, int64_t groups,
+                               int64_t key_blocks, float* out) {
+  return with_dtype(*call, dtype, AddMass{slots, block, group, groups, key_blocks, out});
 }

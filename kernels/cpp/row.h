@@ -77,50 +77,39 @@ struct Scratch {
   }
 };
 
-// One query block of one head of one sample.
+// One head of one sample, and how its tensors are read.
 template <class Mode, class Element>
-struct Row {
+struct Reader {
   const Call& call;
   Scratch<Mode>& scratch;
   const int64_t sample, head;
-  const Windows& windows;
   const float scale;   // of float32 queries, to scores in powers of two
   const float factor;  // of scores, where queries stay as they are but for their sign
   const Half sign;
-  int tiles = 0, keys = 0;
-  bool partial = false, pooled = false;
 
-  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
+  Reader(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head)
       : call(call),
         scratch(scratch),
         sample(sample),
-        head(row / call.query_blocks),
-        windows(call.windows[head]),
+        head(head),
         scale((float)call.scale * LOG2_E),
         factor(Mode::PACKED == 2 ? std::fabs(scale) : 1.f),
-        sign(call.scale < 0 ? 0x8000 : 0) {
-    const int64_t block = row % call.query_blocks;
-    for (int64_t at = call.query_offsets[block]; at < call.query_offsets[block + 1]; at += TILE)
-      start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, call.query_offsets[block + 1] - at));
-    for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
-      visit(call.key_block[i], call.tag[i]);
-    if (keys) step();
-    for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
-  }
+        sign(call.scale < 0 ? 0x8000 : 0) {}
+
+  int words() const { return (call.head_dim + Mode::PACKED - 1) / Mode::PACKED; }
 
   const Element* at(const Operand& operand, int64_t token) const {
     return (const Element*)operand.data + sample * operand.batch + token * operand.token +
            head * operand.head;
   }
 
-  void start(Tile& tile, int64_t first, int count) {
-    tile.count = count;
+  // The queries of `count` tokens (-1: none) as columns.
+  void queries(Tile& tile, const int64_t* tokens, int count) {
     for (int i = 0; i < TILE; i++) {
       float* row = scratch.rows + i * scratch.width;
       memset(row, 0, scratch.width * sizeof(float));
-      if (i >= count) continue;
-      tile.tokens[i] = call.permutation[first + i];
-      const Element* query = at(call.query, tile.tokens[i]);
+      if (i >= count || tokens[i] < 0) continue;
+      const Element* query = at(call.query, tokens[i]);
       if constexpr (Mode::PACKED == 2)
         for (int d = 0; d < call.head_dim; d++) ((Half*)row)[d] = query[d].bits ^ sign;
       else
@@ -130,43 +119,6 @@ struct Row {
       for (int i = 0; i < TILE; i += LANES)
         transpose(scratch.rows + i * scratch.width + d, scratch.width,
                   tile.queries + d * TILE + i, TILE);
-    memset(tile.sums, 0, sizeof(float) * scratch.width * TILE);
-    std::fill_n(tile.largest, TILE, LOWEST);
-    std::fill_n(tile.total, TILE, 0.f);
-    for (int axis = 0; axis < windows.axes; axis++) {
-      std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
-      for (int i = 0; i < count; i++) {
-        tile.low[axis][i] = windows.low[axis * call.tokens + tile.tokens[i]];
-        tile.size[axis][i] = windows.size[axis * call.tokens + tile.tokens[i]];
-      }
-    }
-  }
-
-  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one.
-  void visit(int64_t block, int8_t tag) {
-    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
-    const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
-    if (keys && (tag == PARTIAL) != partial) step();
-    partial = tag == PARTIAL;
-    for (int64_t first = call.key_offsets[block]; first < end; first += run) {
-      int64_t tokens[1 << 7], count = 0;
-      for (int64_t i = first; i < std::min(first + run, end); i++)
-        if (!hidden || !hidden[call.permutation[i]]) tokens[count++] = call.permutation[i];
-      if (!count) continue;
-      float* key = scratch.keys + (int64_t)keys * scratch.depth;
-      float* value = scratch.values + (int64_t)keys * scratch.width;
-      if (count == 1) {
-        copy(at(call.key, tokens[0]), key);
-        copy(at(call.value, tokens[0]), value);
-      } else {
-        mean(call.key, tokens, count, key);
-        mean(call.value, tokens, count, value);
-      }
-      scratch.positions[keys] = tokens[0];
-      scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
-      pooled |= count > 1;
-      if (++keys == STEP) step();
-    }
   }
 
   void copy(const Element* from, float* to) const {
@@ -193,17 +145,81 @@ struct Row {
     if constexpr (Mode::PACKED == 2)
       for (int d = 0; d < call.head_dim; d++) narrow(sum[d], ((Element*)to)[d]);
   }
+};
+
+// One query block of one head of one sample.
+template <class Mode, class Element>
+struct Row : Reader<Mode, Element> {
+  using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
+  using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
+  const Windows& windows;
+  int tiles = 0, keys = 0;
+  bool partial = false, pooled = false;
+
+  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
+      : Reader<Mode, Element>(call, scratch, sample, row / call.query_blocks),
+        windows(call.windows[head]) {
+    const int64_t block = row % call.query_blocks, end = call.query_offsets[block + 1];
+    for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
+      start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
+    for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
+      visit(call.key_block[i], call.tag[i]);
+    if (keys) step();
+    for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
+  }
+
+  void start(Tile& tile, int64_t first, int count) {
+    tile.count = count;
+    for (int i = 0; i < count; i++) tile.tokens[i] = call.permutation[first + i];
+    this->queries(tile, tile.tokens, count);
+    memset(tile.sums, 0, sizeof(float) * scratch.width * TILE);
+    std::fill_n(tile.largest, TILE, LOWEST);
+    std::fill_n(tile.total, TILE, 0.f);
+    for (int axis = 0; axis < windows.axes; axis++) {
+      std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
+      for (int i = 0; i < count; i++) {
+        tile.low[axis][i] = windows.low[axis * call.tokens + tile.tokens[i]];
+        tile.size[axis][i] = windows.size[axis * call.tokens + tile.tokens[i]];
+      }
+    }
+  }
+
+  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one.
+  void visit(int64_t block, int8_t tag) {
+    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
+    const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
+    if (keys && (tag == PARTIAL) != partial) step();
+    partial = tag == PARTIAL;
+    for (int64_t first = call.key_offsets[block]; first < end; first += run) {
+      int64_t tokens[1 << 7], count = 0;
+      for (int64_t i = first; i < std::min(first + run, end); i++)
+        if (!hidden || !hidden[call.permutation[i]]) tokens[count++] = call.permutation[i];
+      if (!count) continue;
+      float* key = scratch.keys + (int64_t)keys * scratch.depth;
+      float* value = scratch.values + (int64_t)keys * scratch.width;
+      if (count == 1) {
+        this->copy(this->at(call.key, tokens[0]), key);
+        this->copy(this->at(call.value, tokens[0]), value);
+      } else {
+        this->mean(call.key, tokens, count, key);
+        this->mean(call.value, tokens, count, value);
+      }
+      scratch.positions[keys] = tokens[0];
+      scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
+      pooled |= count > 1;
+      if (++keys == STEP) step();
+    }
+  }
 
   // Let every tile of queries look at the keys that were taken.
   void step() {
     const float* values = scratch.values;
     if constexpr (Mode::PACKED == 2) values = weave();
-    const int words = (call.head_dim + Mode::PACKED - 1) / Mode::PACKED;
     const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
-      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, words, scratch.scores,
-                           keys);
+      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
+                           scratch.scores, keys);
       if (partial)
         soften<true>(tile);
       else
@@ -250,7 +266,7 @@ struct Row {
       for (int v = 0; v < VECTORS; v++) {
         float* at = scratch.scores + key * TILE + v * LANES;
         Vector score = load(at);
-        if (changed) score = score * all(factor) + all(scratch.bias[key]);
+        if (changed) score = score * all(this->factor) + all(scratch.bias[key]);
         if (MASKED) {
           Bits kept = ~(Bits){};
           for (int axis = 0; axis < windows.axes; axis++)
@@ -261,7 +277,7 @@ struct Row {
         largest[v] = larger(score, largest[v]);
       }
     }
-    const Vector unit = all(changed ? 1.f : factor);
+    const Vector unit = all(changed ? 1.f : this->factor);
     Bits grew = {};
     for (int v = 0; v < VECTORS; v++) {
       largest[v] *= unit;
@@ -328,7 +344,7 @@ struct Row {
       // A total that is not a number makes the output not a number, as it must.
       const bool empty = tile.largest[i] == LOWEST && tile.total[i] < 1.f;
       const float inverse = empty ? 0.f : 1.f / tile.total[i];
-      Element* to = (Element*)at(call.output, tile.tokens[i]);
+      Element* to = (Element*)this->at(call.output, tile.tokens[i]);
       const float* row = scratch.rows + i * scratch.width;
       for (int d = 0; d < call.head_dim; d++) narrow(empty ? 0.f : row[d] * inverse, to[d]);
       call.lse[(sample * call.heads + head) * call.tokens + tile.tokens[i]] =
