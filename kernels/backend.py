@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dit_sparse.kernels import gather, reference
+from dit_sparse.kernels import gather, gpu, reference
 from dit_sparse.kernels.call import AttentionCall as AttentionCall
 
 
@@ -20,6 +20,7 @@ class Backend:
 
 # Fastest first: "auto" takes the first one that accepts.
 BACKENDS = (
+    Backend("triton", gpu.supports, gpu.run),
     Backend("gather", gather.supports, gather.run),
     Backend("reference", reference.supports, reference.run),
 )
