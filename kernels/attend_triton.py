@@ -27,10 +27,6 @@ two; descriptors need sm_90 or later; bfloat16 needs sm_80 or later.
 import triton
 import triton.language as tl
 
-# A bit of words for keys past the end of a tile; Worklist leaves it free.
-_PAST_END = tl.constexpr(1 << 30)
-
-
 @triton.jit
 def _matmul(left, right, UPCAST: tl.constexpr):
     """`left @ right` in float32; UPCAST because the interpreter multiplies the bits of bfloat16."""
@@ -73,31 +69,50 @@ def load_tile(
     """`[BLOCK, DIM]`: consecutive rows from `first`, zero past `tokens` and HEAD_DIM. INSIDE
     promises that the tile does not reach past `tokens`."""
     if DESCRIPTORS:
-        return source.load([sample, head, first, 0]).reshape(BLOCK, DIM)
-    n = tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM)
-    pointer = source + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
-    at = pointer + first.to(tl.int64) * strides[1] + n[:, None] * strides[1] + d[None, :]
-    if INSIDE and HEAD_DIM == DIM:
-        return tl.load(at)
-    seen = (d < HEAD_DIM)[None, :] & ((first + n) < tokens)[:, None]
-    return tl.load(at, mask=seen, other=0.0)
+        rows = source.load([sample, head, first, 0]).reshape(BLOCK, DIM)
+    else:
+        n = tl.arange(0, BLOCK)
+        d = tl.arange(0, DIM)
+        base = source + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+        at = base + first.to(tl.int64) * strides[1] + n[:, None] * strides[1] + d[None, :]
+        if INSIDE and HEAD_DIM == DIM:
+            rows = tl.load(at)
+        else:
+            seen = (d < HEAD_DIM)[None, :] & ((first + n) < tokens)[:, None]
+            rows = tl.load(at, mask=seen, other=0.0)
+    return rows
 
 
 @triton.jit
-def _query_words(words, group, tile, low, high, AXES: tl.constexpr):
-    """The word of every query for one tile of keys; `low`, `high` are tuples over axes."""
-    word = tl.zeros_like(low[0])
-    for axis in tl.static_range(AXES):
-        at = group * AXES + axis
-        first = tl.load(words.origin + at * words.tiles + tile)
-        bottom = tl.load(words.bottom + at)
-        top = tl.load(words.top + at)
-        from_bit = tl.minimum(tl.maximum(low[axis] - first, bottom), top)
-        to_bit = tl.minimum(tl.maximum(high[axis] - first, bottom), top)
-        one = tl.full([1], 1, tl.int32)
-        word |= (one << to_bit) - (one << from_bit)
-    return word
+def _bits(low, high, origin, bottom, top):
+    """The bits from `bottom` to `top` of the places that queries see in a tile on one axis."""
+    one = tl.full([1], 1, tl.int32)
+    from_bit = tl.minimum(tl.maximum(low - origin, bottom), top)
+    to_bit = tl.minimum(tl.maximum(high - origin, bottom), top)
+    return (one << to_bit) - (one << from_bit)
+
+
+@triton.jit
+def _hide(scores, missing, owned, CUDA: tl.constexpr):
+    """`scores`, -inf where a bit is missing that the key owns."""
+    if CUDA:
+        # Left to LLVM, it packs the conditions of many pairs into words and unpacks them again.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred kept;
+            .reg .b32 both;
+            and.b32 both, $2, $3;
+            setp.eq.b32 kept, both, 0;
+            selp.f32 $0, $1, 0fFF800000, kept;
+            }""",
+            "=f,f,r,r",
+            [scores, missing, owned],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.where((missing & owned) == 0, scores, float("-inf"))
 
 
 @triton.jit
@@ -127,7 +142,7 @@ def attend(
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PERMUTED: tl.constexpr, DESCRIPTORS: tl.constexpr, DENSE: tl.constexpr,
     MASKED: tl.constexpr, WORD_AXES: tl.constexpr, INTERVAL_AXES: tl.constexpr,
-    POOLED: tl.constexpr, UPCAST: tl.constexpr,
+    POOLED: tl.constexpr, CUDA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """See the head of this file.
 
@@ -175,20 +190,21 @@ def attend(
         total, largest, sums = _update(scores, v, total, largest, sums, factor, UPCAST)
 
     if MASKED:
-        counts = lists.key_count + sample * lists.count_stride
+        start = stop
+        stop = tl.load(lists.bounds + 3 * row + 2)
         group = tl.load(lists.word_group + head)
         if WORD_AXES > 0:
             low = _load_axes(words.low, group, tokens, place, alive, WORD_AXES)
             high = _load_axes(words.high, group, tokens, place, alive, WORD_AXES)
-        start = stop
-        stop = tl.load(lists.bounds + 3 * row + 2)
+            bottom = _load_axes(words.bottom, group, 1, 0, True, WORD_AXES)
+            top = _load_axes(words.top, group, 1, 0, True, WORD_AXES)
+            origins = words.origin + group * WORD_AXES * words.tiles
+            own_words = words.word + sample * words.sample_stride + group * words.tiles * BLOCK_K
         for entry in tl.range(start, stop, num_stages=2):
             first = tl.load(lists.first + entry)
             # A tile without a mask but short, or with padded text, is listed as -1 - tile.
             listed = tl.load(lists.tile + entry)
-            shown = listed < 0
-            key_tile = tl.where(shown, -1 - listed, listed)
-            past_end = n >= tl.load(counts + key_tile)
+            key_tile = tl.maximum(listed, -1 - listed)
             k = load_tile(
                 key, key_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM, DIM,
                 BLOCK_K,
@@ -199,14 +215,15 @@ def attend(
             )  # fmt: skip
             scores = _matmul(q, k.T, UPCAST)
             if WORD_AXES > 0:
-                word = _query_words(words, group, key_tile, low, high, WORD_AXES)
-                missing = ~tl.where(shown, _PAST_END - 1, word)
-                own = tl.load(words.word + group * words.tokens + first + n)
-                own = tl.where(past_end, _PAST_END, own)
-                kept = (missing[:, None] & own[None, :]) == 0
+                word = tl.where(listed < 0, (1 << 30) - 1, 0)
+                for axis in tl.static_range(WORD_AXES):
+                    origin = tl.load(origins + axis * words.tiles + key_tile)
+                    word |= _bits(low[axis], high[axis], origin, bottom[axis], top[axis])
+                own = tl.load(own_words + key_tile * BLOCK_K + n)
+                scores = _hide(scores, ~word[:, None], own[None, :], CUDA)
             else:
-                kept = ~past_end[None, :]
-            scores = tl.where(kept, scores, float("-inf"))
+                count = tl.load(lists.key_count + sample * lists.count_stride + key_tile)
+                scores = tl.where((n < count)[None, :], scores, float("-inf"))
             total, largest, sums = _update(scores, v, total, largest, sums, factor, UPCAST)
 
     if INTERVAL_AXES > 0:
@@ -245,16 +262,18 @@ def attend(
         for group in tl.range(start, stop, num_stages=2):
             # Several pooled blocks side by side, 2^shift places for each.
             shift = tl.load(pooled.shift + group)
-            entry = tl.load(pooled.entry + group) + (n >> shift)
-            seen = entry < tl.load(pooled.stop + group)
-            block = tl.load(pooled.block + entry, mask=seen, other=0)
+            item = tl.load(pooled.entry + group) + (n >> shift)
+            seen = item < tl.load(pooled.stop + group)
+            block = tl.load(pooled.block + item, mask=seen, other=0)
             within = n & ((1 << shift) - 1)
             seen = seen & (within < tl.load(pooled.count + block))
             run = tl.load(pooled.first + block) + within
             bias = tl.load(pooled.bias + sample * pooled.bias_stride + run, mask=seen, other=float("-inf"))
-            at = base * pooled.runs
-            k = load_rows(pooled.key + at * HEAD_DIM, run, HEAD_DIM, seen, HEAD_DIM, DIM)
-            v = load_rows(pooled.value + at * HEAD_DIM, run, HEAD_DIM, seen, HEAD_DIM, DIM)
+            # Offsets of 32 bits, as one head's runs are few; those of 64 take twice the time.
+            at = run[:, None] * HEAD_DIM + d[None, :]
+            inside = seen[:, None] & (d < HEAD_DIM)[None, :]
+            k = tl.load(pooled.key + base * pooled.runs * HEAD_DIM + at, mask=inside, other=0.0)
+            v = tl.load(pooled.value + base * pooled.runs * HEAD_DIM + at, mask=inside, other=0.0)
             scores = _matmul(q, k.T, UPCAST) * factor + bias[None, :]
             total, largest, sums = _update(scores, v, total, largest, sums, 1.0, UPCAST)
 

@@ -40,7 +40,8 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
         BLOCK_Q=sizes.block_q, BLOCK_K=sizes.block_k,
         PERMUTED=work.permuted, DESCRIPTORS=sizes.descriptors, DENSE=False,
         MASKED=work.masked, WORD_AXES=rules.word_axes, INTERVAL_AXES=rules.interval_axes,
-        POOLED=len(pooled.entry) > 0, UPCAST=interpreting(),
+        POOLED=len(pooled.entry) > 0, CUDA=target_of(query.device).kind == "cuda",
+        UPCAST=interpreting(),
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return output, lse

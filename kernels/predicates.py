@@ -19,13 +19,13 @@ from dit_sparse.kernels.windows import Windows
 MOST_BITS = 30
 """Bits of a word for places; the kernel keeps one more for keys past the end of a tile."""
 
-_ALL = 1 << 30
+_ALL = _PAST_END = 1 << MOST_BITS
 
 
 class Words(NamedTuple):
     """int32, tokens in block order. low, high `[groups, axes, tokens]` of queries: the bits from
-    and to which they see keys, if the tile began at place 0. word `[groups, tokens]` of keys.
-    origin `[groups, axes, tiles]`: the first place of each tile. bottom, top `[groups, axes]`: the
+    and to which they see keys, if the tile began at place 0. word `[batch or 1, groups, tiles,
+    block_k]` of keys; a bit that no query has stands for the end of a tile and padded text. origin `[groups, axes, tiles]`: the first place of each tile. bottom, top `[groups, axes]`: the
     bits of an axis."""
 
     low: Tensor
@@ -34,8 +34,8 @@ class Words(NamedTuple):
     origin: Tensor
     bottom: Tensor
     top: Tensor
-    tokens: int
     tiles: int
+    sample_stride: int
 
 
 class Intervals(NamedTuple):
@@ -70,8 +70,8 @@ def partial_patterns(blocks: BlockIndices) -> dict[Pattern, list[int]]:
     return found
 
 
-def predicates(blocks: BlockIndices, keys: Tiling, padding: int) -> Predicates:
-    """The tables for `keys`; those of keys are longer than the tokens by `padding`."""
+def predicates(blocks: BlockIndices, keys: Tiling, real: Tensor, block_k: int) -> Predicates:
+    """The tables for tiles of at most `block_k` keys, of which `real` are not padded text."""
     groups: tuple[list[_Group], list[_Group]] = [], []
     numbers = torch.full((2, blocks.heads), -1)
     for pattern, heads in partial_patterns(blocks).items():
@@ -81,10 +81,10 @@ def predicates(blocks: BlockIndices, keys: Tiling, padding: int) -> Predicates:
         kind = int(group.extent.sum() > MOST_BITS)
         numbers[kind, heads] = len(groups[kind])
         groups[kind].append(group)
-    tokens, axes = blocks.grid.tokens, [max((len(g.low) for g in kind), default=0) for kind in groups]
+    axes = [max((len(group.low) for group in kind), default=0) for kind in groups]
     return Predicates(
-        _words([_padded(g, axes[0]) for g in groups[0]], tokens, keys, padding),
-        _intervals([_padded(g, axes[1]) for g in groups[1]], tokens, padding),
+        _words([_padded(g, axes[0]) for g in groups[0]], keys, real, block_k),
+        _intervals([_padded(g, axes[1]) for g in groups[1]], blocks.grid.tokens, block_k),
         numbers[0],
         numbers[1],
         axes[0],
@@ -130,36 +130,41 @@ def _padded(group: _Group, axes: int) -> _Group:
     )
 
 
-def _words(groups: list[_Group], tokens: int, keys: Tiling, padding: int) -> Words:
-    tile = torch.arange(len(keys)).repeat_interleave(keys.count)
+def _words(groups: list[_Group], keys: Tiling, real: Tensor, block_k: int) -> Words:
+    slot = torch.arange(block_k)
+    place = (keys.first[:, None] + slot).clamp_max(int(keys.first[-1] + keys.count[-1]) - 1)
+    past_end = (slot >= real[..., None]) * _PAST_END
     low, high, word, origin, bottom, top = [], [], [], [], [], []
     for group in groups:
         to_bit = group.extent.cumsum(0)
         from_bit = to_bit - group.extent
-        real = group.extent > 0
-        offset = group.place - group.origin[:, tile]
-        # Text lies in tiles of its own, which are never masked by words.
-        text = (offset >= group.extent[:, None]) & real[:, None]
-        bit = torch.bitwise_left_shift(1, (offset + from_bit[:, None]).clamp_max(MOST_BITS))
-        word.append((bit * (real[:, None] & ~text)).sum(0))
+        # Slots past the end and text, which is never masked by words, may lie anywhere.
+        offset = group.place[:, place] - group.origin[:, :, None]
+        offset = torch.minimum(offset.clamp_min(0), group.extent[:, None, None] - 1)
+        bit = 1 << (offset.clamp_min(0) + from_bit[:, None, None])
+        bit *= (group.extent > 0)[:, None, None]
+        word.append(bit.sum(0) | past_end)
         low.append(group.low + from_bit[:, None])
         high.append(group.low + group.size + from_bit[:, None])
         origin.append(group.origin)
         bottom.append(from_bit)
         top.append(to_bit)
-    tables = (_stack(x) for x in (low, high, [_extended(x, padding) for x in word], origin, bottom, top))
-    return Words(*tables, tokens=tokens + padding, tiles=len(keys))
-
-
-def _intervals(groups: list[_Group], tokens: int, padding: int) -> Intervals:
-    low, size, place = ([getattr(g, name) for g in groups] for name in ("low", "size", "place"))
-    return Intervals(
-        _stack(low), _stack(size), _stack([_extended(x, padding) for x in place]), tokens + padding
+    table = torch.stack(word, 1) if word else torch.zeros(1, 0, len(keys), block_k)
+    return Words(
+        *(_stack(x) for x in (low, high)),
+        word=table.to(torch.int32),
+        origin=_stack(origin),
+        bottom=_stack(bottom),
+        top=_stack(top),
+        tiles=len(keys),
+        sample_stride=table[0].numel() if len(table) > 1 else 0,
     )
 
 
-def _extended(table: Tensor, padding: int) -> Tensor:
-    return torch.nn.functional.pad(table, (0, padding))
+def _intervals(groups: list[_Group], tokens: int, padding: int) -> Intervals:
+    place = [torch.nn.functional.pad(group.place, (0, padding)) for group in groups]
+    low, size = ([getattr(group, name) for group in groups] for name in ("low", "size"))
+    return Intervals(_stack(low), _stack(size), _stack(place), tokens + padding)
 
 
 def _stack(tables: list[Tensor]) -> Tensor:

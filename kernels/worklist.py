@@ -75,7 +75,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
     rows = blocks.heads * len(queries)
     real = real_tokens(blocks.grid, keys)
-    rules = predicates(blocks, keys, max(block_q, block_k))
+    rules = predicates(blocks, keys, real, block_k)
     row, key_block, tag = _entries(blocks, queries)
     runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
 
