@@ -21,7 +21,8 @@ from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
 
-NAMES = [backend.name for backend in BACKENDS]
+# What runs on a GPU only has checks of its own.
+NAMES = [backend.name for backend in BACKENDS if backend.name != "triton"]
 every_backend = pytest.mark.parametrize("backend", NAMES)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 GRIDS = [

@@ -24,7 +24,7 @@ from dit_sparse.kernels.target import Tiles
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 LSE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
-GRID = TokenGrid(3, 5, 6, text_after=7)
+GRID = TokenGrid(2, 5, 6, text_after=7)
 BOXES = [Neighborhood((2, 3, 3)), Full(), Skip(), Neighborhood((2, 2, 3), (1, 1, 2), (1, 2, 2))]
 
 
@@ -70,8 +70,16 @@ def check_on(query: Tensor, key: Tensor, value: Tensor, blocks: BlockIndices, **
     assert (lse[seen] - sums[seen]).abs().max() <= LSE[query.dtype]
 
 
-@pytest.mark.parametrize("dtype", RELATIVE, ids=str)
-@pytest.mark.parametrize("head_dim", [40, 64, 72, 88])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        (40, torch.float32),
+        (64, torch.bfloat16),
+        (72, torch.float16),
+        (88, torch.bfloat16),
+        (64, torch.float32),
+    ],
+)
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype):
     blocks = block_indices([BOXES[0], Full()], GRID, tile(2, 3, 4), 32, 32)
     check(blocks, head_dim, dtype, batch=1)
@@ -82,10 +90,10 @@ def test_boxes_of_many_heads_in_blocks_of_two_sizes(block_q: int, block_k: int):
     check(block_indices(BOXES, GRID, tile(3, 3, 3), block_q, block_k), 32, torch.float32, 1)
 
 
-@pytest.mark.parametrize("order", [raster(), pixel_major(), tile(2, 3, 4)], ids=str)
+@pytest.mark.parametrize("order", [pixel_major(), tile(2, 3, 4)], ids=str)
 def test_bands_columns_and_boxes_in_one_launch(order):
-    grid = TokenGrid(3, 5, 6, text_before=5, text_after=3)
-    heads = [Band(11), Columns((1, 3), 16, (3, 5, 6)), BOXES[0], Band(4, "pixel_major")]
+    grid = TokenGrid(2, 5, 6, text_before=5, text_after=3)
+    heads = [Band(11), Columns((1, 3), 16, (2, 5, 6)), BOXES[0], Band(4, "pixel_major")]
     check(block_indices(heads, grid, order, 32, 32), 32, torch.float32, 1)
 
 
@@ -95,8 +103,9 @@ def test_windows_too_wide_for_words_are_intervals():
     check(block_indices(heads, grid, raster(), 64, 64), 32, torch.float32, 1)
 
 
-@pytest.mark.parametrize("side", ["text_before", "text_after"])
-@pytest.mark.parametrize("order", [raster(), tile(2, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("side", "order"), [("text_before", raster()), ("text_after", tile(2, 2, 3))], ids=str
+)
 def test_padded_text_is_unseen(side: str, order):
     grid = replace(TokenGrid(2, 3, 5), **{side: 20}, valid_text=(17, 0, 20))
     query, key, value = draw(grid, 2, 32, torch.float32, 3)
@@ -107,8 +116,11 @@ def test_padded_text_is_unseen(side: str, order):
     check_on(query, key, value, blocks)
 
 
-@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
-@pytest.mark.parametrize("permuted", [True, False], ids=["tile order", "raster"])
+@pytest.mark.parametrize(
+    ("descriptors", "permuted"),
+    [(True, True), (False, False)],
+    ids=["descriptors, tile order", "pointers, raster"],
+)
 def test_listed_blocks_and_empty_rows(
     descriptors: bool, permuted: bool, monkeypatch: pytest.MonkeyPatch
 ):
@@ -123,8 +135,9 @@ def test_listed_blocks_and_empty_rows(
     check(from_block_mask(mask, GRID, order, 48, 80), 40, torch.float16, 2)
 
 
-@pytest.mark.parametrize("valid_text", [None, (5, 0)])
-@pytest.mark.parametrize(("block", "levels"), [(16, 4), (64, 6)])
+@pytest.mark.parametrize(
+    ("block", "levels", "valid_text"), [(16, 4, None), (16, 4, (5, 0)), (64, 6, None)]
+)
 def test_pooled_keys(block: int, levels: int, valid_text: tuple[int, int] | None):
     grid, order = replace(GRID, valid_text=valid_text), tile(2, 5, 6)
     rows, columns = (len(order.offsets(grid, size)) - 1 for size in (32, block))
@@ -151,8 +164,9 @@ def test_unaligned_rows_are_copied():
     check_on(query, key, value, blocks)
 
 
-@pytest.mark.parametrize("rows", [None, 16, 5])
-@pytest.mark.parametrize("valid_text", [None, (3, 7)])
+@pytest.mark.parametrize(
+    ("rows", "valid_text"), [(None, None), (16, None), (5, (3, 7))], ids=["all", "16", "5, text"]
+)
 def test_block_mass_is_exact(rows: int | None, valid_text: tuple[int, int] | None):
     from dit_sparse.kernels.mass_triton import block_mass
     from dit_sparse.kernels.sample import sampled_rows
