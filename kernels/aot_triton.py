@@ -1,7 +1,7 @@
 """Ahead of time: the Triton kernels compiled for a GPU that is not there.
 
-The arguments are described as a call of `head_dim` in half precision would give them; only what the
-instructions depend on is real.
+The arguments are described as a call in half precision would give them; only what the instructions
+depend on is real.
 """
 
 from dataclasses import dataclass, replace

@@ -27,9 +27,10 @@ two; descriptors need sm_90 or later; bfloat16 needs sm_80 or later.
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _matmul(left, right, UPCAST: tl.constexpr):
-    """`left @ right` in float32; UPCAST because the interpreter multiplies the bits of bfloat16."""
+    """In float32; UPCAST because the interpreter would multiply the bits of bfloat16."""
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -111,8 +112,7 @@ def _hide(scores, missing, owned, CUDA: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    else:
-        return tl.where((missing & owned) == 0, scores, float("-inf"))
+    return tl.where((missing & owned) == 0, scores, float("-inf"))
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def attend(
         start = tl.load(lists.bounds + 3 * row)
         stop = tl.load(lists.bounds + 3 * row + 1)
     for entry in tl.range(start, stop):
-        if DENSE:
+        if DENSE:  # noqa: SIM108, the compiler types both sides of a ternary
             first = entry * BLOCK_K
         else:
             first = tl.load(lists.first + entry)
@@ -268,12 +268,12 @@ def attend(
             within = n & ((1 << shift) - 1)
             seen = seen & (within < tl.load(pooled.count + block))
             run = tl.load(pooled.first + block) + within
-            bias = tl.load(pooled.bias + sample * pooled.bias_stride + run, mask=seen, other=float("-inf"))
-            # Offsets of 32 bits, as one head's runs are few; those of 64 take twice the time.
-            at = run[:, None] * HEAD_DIM + d[None, :]
-            inside = seen[:, None] & (d < HEAD_DIM)[None, :]
-            k = tl.load(pooled.key + base * pooled.runs * HEAD_DIM + at, mask=inside, other=0.0)
-            v = tl.load(pooled.value + base * pooled.runs * HEAD_DIM + at, mask=inside, other=0.0)
+            bias = tl.load(
+                pooled.bias + sample * pooled.bias_stride + run, mask=seen, other=float("-inf")
+            )
+            at = base * pooled.runs * HEAD_DIM
+            k = load_rows(pooled.key + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
+            v = load_rows(pooled.value + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
             scores = _matmul(q, k.T, UPCAST) * factor + bias[None, :]
             total, largest, sums = _update(scores, v, total, largest, sums, 1.0, UPCAST)
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.predicates import partial_patterns
-from dit_sparse.kernels.target import Target, interpreter_asked, target_of, tiles
-from dit_sparse.kernels.worklist import worklist
+from dit_sparse.kernels.target import Target, interpreter_asked, target_of
 
 MOST_HEAD_DIM = 256
 _OLDEST = 80

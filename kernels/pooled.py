@@ -54,7 +54,9 @@ def pooled(
     row, key_block, tag = row[chosen], key_block[chosen].long(), tag[chosen].long()
     levels, level = tag.unique(return_inverse=True)
     runs = [tiling(blocks.key_offsets, 2**r) for r in levels.tolist()]
-    all_runs = Tiling(*(_joined(getattr(x, name) for x in runs) for name in ("first", "count", "block")))
+    all_runs = Tiling(
+        *(_joined(getattr(x, name) for x in runs) for name in ("first", "count", "block"))
+    )
     # A block of more runs than a tile takes is listed in pieces.
     pieces, number = [], torch.zeros(2, len(levels), blocks.key_blocks, dtype=torch.int64)
     for index, at_level in enumerate(runs):

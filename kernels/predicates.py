@@ -23,10 +23,13 @@ _ALL = _PAST_END = 1 << MOST_BITS
 
 
 class Words(NamedTuple):
-    """int32, tokens in block order. low, high `[groups, axes, tokens]` of queries: the bits from
-    and to which they see keys, if the tile began at place 0. word `[batch or 1, groups, tiles,
-    block_k]` of keys; a bit that no query has stands for the end of a tile and padded text. origin `[groups, axes, tiles]`: the first place of each tile. bottom, top `[groups, axes]`: the
-    bits of an axis."""
+    """int32, tokens in block order.
+
+    low, high `[groups, axes, tokens]` of queries: the bits from and to which they see keys, if the
+    tile began at place 0. word `[batch or 1, groups, tiles, block_k]` of keys; a bit that no query
+    has stands for the end of a tile and for padded text. origin `[groups, axes, tiles]`: the first
+    place of each tile. bottom, top `[groups, axes]`: the bits of an axis.
+    """
 
     low: Tensor
     high: Tensor
@@ -39,7 +42,7 @@ class Words(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """int32 `[groups, axes, tokens]`, tokens in block order: low, size of queries, place of keys."""
+    """int32 `[groups, axes, tokens]` in block order: low, size of queries, place of keys."""
 
     low: Tensor
     size: Tensor
@@ -126,7 +129,11 @@ def _padded(group: _Group, axes: int) -> _Group:
         return torch.cat([tensor, tensor.new_full((more, *tensor.shape[1:]), value)])
 
     return _Group(
-        pad(group.low), pad(group.size, _ALL), pad(group.place), pad(group.origin), pad(group.extent)
+        pad(group.low),
+        pad(group.size, _ALL),
+        pad(group.place),
+        pad(group.origin),
+        pad(group.extent),
     )
 
 

@@ -81,7 +81,11 @@ def parse(listing: str, registers: int) -> Sass:
         inner = any(start <= a and b <= stop for a, b in loops)
         if not inner and (counts["mma"] or counts["ex2"] > 4):
             loops.append((start, stop))
-    return Sass(tuple(_loop(names[a : b + 1]) for a, b in sorted(loops)), registers, _counts(names)["spills"])
+    return Sass(
+        tuple(_loop(names[a : b + 1]) for a, b in sorted(loops)),
+        registers,
+        _counts(names)["spills"],
+    )
 
 
 def _loop(names: list[str]) -> Loop:

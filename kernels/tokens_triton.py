@@ -32,7 +32,9 @@ def _order(
     seen = inside[:, None] & (d < HEAD_DIM)[None, :]
     x += sample * strides[0] + head * strides[2]
     rows = tl.load(
-        x + token[:, None].to(tl.int64) * strides[1] + d[None, :] * strides[3], mask=seen, other=0.0
+        x + token[:, None].to(tl.int64) * strides[1] + d[None, :] * strides[3],
+        mask=seen,
+        other=0.0,
     )
     ordered += sample * ordered_strides[0] + head * ordered_strides[1]
     at = ordered + place[:, None].to(tl.int64) * ordered_strides[2] + d[None, :]

@@ -33,7 +33,9 @@ def test_a_named_backend_never_falls_back():
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; use one of auto, triton, gather, ref"):
+    with pytest.raises(
+        ValueError, match="unknown backend 'cuda'; use one of auto, triton, gather, ref"
+    ):
         choose(call_on("cpu"), "cuda")
 
 
