@@ -40,7 +40,7 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
         BLOCK_Q=sizes.block_q, BLOCK_K=sizes.block_k,
         PERMUTED=work.permuted, DESCRIPTORS=sizes.descriptors, DENSE=False,
         MASKED=work.masked, WORD_AXES=rules.word_axes, INTERVAL_AXES=rules.interval_axes,
-        POOLED=len(pooled.entry) > 0, CUDA=target_of(query.device).kind == "cuda",
+        POOLED=len(pooled.entry) > 0, CUDA=_target(call).kind == "cuda",
         UPCAST=interpreting(),
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -49,10 +49,14 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def tiles_of(call: AttentionCall) -> Tiles:
     """The tiles in which a call is computed."""
-    target = target_of(call.query.device)
-    assert isinstance(target, Target), "refused before"
     head_dim, itemsize = call.query.shape[-1], call.query.element_size()
-    return tiles(target, head_dim, itemsize, call.blocks.block_q, call.blocks.block_k)
+    return tiles(_target(call), head_dim, itemsize, call.blocks.block_q, call.blocks.block_k)
+
+
+def _target(call: AttentionCall) -> Target:
+    target = target_of(call.query.device)
+    assert target is not None, "refused before"
+    return target
 
 
 def arranged(x: Tensor, work: Worklist, sizes: Tiles) -> Tensor:

@@ -14,7 +14,7 @@ from dit_sparse.kernels.blocks import BlockIndices, block_indices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import tile
-from dit_sparse.kernels.pattern import Full, Neighborhood
+from dit_sparse.kernels.pattern import Full, Neighborhood, Skip
 from dit_sparse.kernels.sample import sampled_rows
 from dit_sparse.kernels.target import Target, Tiles, target_of, tiles
 from dit_sparse.kernels.worklist import _kept, worklist
@@ -105,7 +105,7 @@ def test_tiles_are_no_larger_than_blocks():
 
 
 def test_longest_rows_come_first_and_tables_are_made_once():
-    blocks = block_indices([Neighborhood((2, 2, 2)), Full()], GRID, tile(2, 2, 4), 16, 16)
+    blocks = block_indices([Skip(), Full()], GRID, tile(2, 2, 4), 16, 16)
     device = torch.device("cpu")
     work = worklist(blocks, 16, 16, device)
     lengths = work.lists.bounds[::3].diff()[work.lists.rows]
