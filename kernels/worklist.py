@@ -23,7 +23,7 @@ from dit_sparse.kernels.tiling import Tiling, ragged, real_tokens, tiling
 
 # Times of a masked tile and a group of pooled keys in those of a whole tile, and of a row with
 # none; by instruction counts. They only decide which rows start first.
-_MASKED, _POOLED, _ROW = 1.5, 1.2, 0.3
+_MASKED, _POOLED, _ROW = 1.5, 3.5, 0.3
 
 
 class Lists(NamedTuple):
