@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dit_sparse.kernels import flex, gather, native, natten_backend, reference
+from dit_sparse.kernels import flex, gather, gpu, native, natten_backend, reference
 from dit_sparse.kernels.calibration import calibration_for
 from dit_sparse.kernels.call import AttentionCall as AttentionCall
 
@@ -27,6 +27,7 @@ class Backend:
 BACKENDS = (
     Backend("natten", natten_backend.supports, natten_backend.run),
     Backend("flex", flex.supports, flex.run),
+    Backend("triton", gpu.supports, gpu.run),
     Backend("native", native.supports, native.run),
     Backend("gather", gather.supports, gather.run),
     Backend("reference", reference.supports, reference.run),

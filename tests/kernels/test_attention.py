@@ -23,7 +23,7 @@ from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern,
 from dit_sparse.kernels.radial import Radial
 
 # Those for other devices have tests of their own.
-NAMES = [backend.name for backend in BACKENDS if backend.name not in ("natten", "flex")]
+NAMES = [backend.name for backend in BACKENDS if backend.name not in ("natten", "flex", "triton")]
 every_backend = pytest.mark.parametrize("backend", NAMES)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 GRIDS = [

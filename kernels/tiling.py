@@ -1,0 +1,52 @@
+"""Tiling: blocks of tokens cut into the tiles that a kernel takes at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.grid import TokenGrid
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Runs of positions, int64: the first, their number, and the block that each lies in."""
+
+    first: Tensor
+    count: Tensor
+    block: Tensor
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def tiling(offsets: Tensor, size: int) -> Tiling:
+    """The blocks between `offsets`, cut into runs of at most `size`."""
+    lengths = offsets.diff()
+    block, within = ragged((lengths + size - 1) // size)
+    first = offsets[block] + within * size
+    return Tiling(first, (offsets[block + 1] - first).clamp_max(size), block)
+
+
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows of `counts` items each: the row of every item, and its place in the row."""
+    row = torch.arange(len(counts)).repeat_interleave(counts)
+    return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+
+
+def real_tokens(grid: TokenGrid, runs: Tiling) -> Tensor:
+    """How many tokens of each run are not padded text, int64 `[batch or 1, runs]`.
+
+    Text keeps its place in every order and its padding is its end, so they are the first ones.
+    """
+    if grid.valid_text is None:
+        return runs.count[None]
+    counts = []
+    for valid in grid.valid_text:
+        padding = grid.invalid_text(valid)
+        first, last = (
+            position.clamp(padding.start, padding.stop)
+            for position in (runs.first, runs.first + runs.count)
+        )
+        counts.append(runs.count - (last - first))
+    return torch.stack(counts)

@@ -1,0 +1,140 @@
+"""Worklist: the tables by which a GPU walks one BlockIndices, tile by tile.
+
+    blocks of queries and keys -> tiles of at most block_q x block_k tokens, never across a block
+    a row: one head's tile of queries; its lists: whole tiles | masked ones | those by intervals
+
+Tiles that are short or hold padded text are listed with the masked ones; as `-1 - tile` where the
+pattern keeps them whole. Everything is computed once for a BlockIndices and a device, and kept as
+long as the former lives.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.blocks import WHOLE, BlockIndices
+from dit_sparse.kernels.order import raster
+from dit_sparse.kernels.pooled import Pooled, Runs, pooled
+from dit_sparse.kernels.predicates import Predicates, predicates
+from dit_sparse.kernels.tiling import Tiling, ragged, real_tokens, tiling
+
+# Times of a masked tile and a group of pooled keys in those of a whole tile, and of a row with
+# none; by instruction counts. They only decide which rows start first.
+_MASKED, _POOLED, _ROW = 1.5, 3.5, 0.3
+
+
+class Lists(NamedTuple):
+    """int32. rows `[rows]`: longest first. bounds `[3 * rows + 1]`: the three lists of each row,
+    in `first` (the first position of a tile of keys) and `tile`. query_first, query_count
+    `[query tiles]`. key_count `[batch or 1, key tiles]`: real keys. permutation `[tokens]`.
+    word_group, interval_group `[heads]`."""
+
+    rows: Tensor
+    bounds: Tensor
+    first: Tensor
+    tile: Tensor
+    query_first: Tensor
+    query_count: Tensor
+    key_count: Tensor
+    permutation: Tensor
+    word_group: Tensor
+    interval_group: Tensor
+    query_tiles: int
+    count_stride: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Worklist:
+    """The tables on one device, and which of the lists are in use."""
+
+    lists: Lists
+    predicates: Predicates
+    pooled: Pooled
+    runs: Runs
+    rows: int
+    permuted: bool
+    masked: bool
+
+
+_kept: WeakKeyDictionary[BlockIndices, dict[tuple[int, int, torch.device], Worklist]]
+_kept = WeakKeyDictionary()
+
+
+def worklist(blocks: BlockIndices, block_q: int, block_k: int, device: torch.device) -> Worklist:
+    """The Worklist of `blocks` in tiles of `block_q x block_k`, made or remembered."""
+    known, key = _kept.setdefault(blocks, {}), (block_q, block_k, device)
+    if key not in known:
+        known[key] = _build(blocks, block_q, block_k, device)
+    return known[key]
+
+
+def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.device) -> Worklist:
+    queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
+    rows = blocks.heads * len(queries)
+    real = real_tokens(blocks.grid, keys)
+    rules = predicates(blocks, keys, real, block_k)
+    row, key_block, tag = _entries(blocks, queries)
+    runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
+
+    tile_counts = keys.block.bincount(minlength=blocks.key_blocks)
+    unpooled = tag <= WHOLE
+    row, key_block, tag = row[unpooled], key_block[unpooled].long(), tag[unpooled]
+    entry, within = ragged(tile_counts[key_block])
+    tile = (tile_counts.cumsum(0) - tile_counts)[key_block[entry]] + within
+    row, whole = row[entry], tag[entry] == WHOLE
+    full = (real == block_k).all(0)
+    by_interval = (rules.interval_group >= 0)[row // len(queries)]
+    section = torch.where(whole, torch.where(full[tile], 0, 1), torch.where(by_interval, 2, 1))
+    order = torch.argsort(3 * row + section, stable=True)
+    counts = (3 * row + section).bincount(minlength=3 * rows)
+    listed = torch.where(whole & ~full[tile], -1 - tile, tile)
+
+    cost = counts.view(rows, 3).double() @ torch.tensor([1, _MASKED, _MASKED]).double()
+    cost += _POOLED * groups.bounds.diff() + _ROW
+    lists = Lists(
+        rows=torch.argsort(cost, descending=True, stable=True).int(),
+        bounds=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
+        first=keys.first[tile[order]].int(),
+        tile=listed[order].int(),
+        query_first=queries.first.int(),
+        query_count=queries.count.int(),
+        key_count=real.int(),
+        permutation=blocks.permutation.int(),
+        word_group=rules.word_group.clamp_min(0).int(),
+        interval_group=rules.interval_group.clamp_min(0).int(),
+        query_tiles=len(queries),
+        count_stride=len(keys) if len(real) > 1 else 0,
+    )
+    return Worklist(
+        lists=_moved(lists, device),
+        predicates=replace(
+            rules,
+            words=_moved(rules.words, device),
+            intervals=_moved(rules.intervals, device),
+        ),
+        pooled=_moved(groups, device),
+        runs=_moved(runs, device),
+        rows=rows,
+        permuted=blocks.order != raster(),
+        masked=bool((section == 1).any()),
+    )
+
+
+def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Tensor]:
+    """Row of a tile of queries, key block and tag of every entry; sorted by row."""
+    heads = torch.arange(blocks.heads)[:, None] * blocks.query_blocks
+    source = (heads + queries.block).flatten()
+    row, within = ragged(blocks.row_pointer.diff()[source])
+    entry = blocks.row_pointer[source][row] + within
+    return row, blocks.key_block[entry], blocks.tag[entry]
+
+
+Table = TypeVar("Table", bound=tuple[Any, ...])
+
+
+def _moved(table: Table, device: torch.device) -> Table:
+    moved = (x.to(device) if isinstance(x, Tensor) else x for x in table)
+    return cast(Table, type(table)(*moved))

@@ -1,0 +1,66 @@
+"""The static gate: reading machine code, telling a worsening, and the kernels themselves."""
+
+from pathlib import Path
+
+import pytest
+
+from dit_sparse.kernels import static_gate
+from dit_sparse.kernels.sass import Loop, missing_tools, parse
+
+LISTING = """
+        /*0000*/                   LDL R1, [R2] ;
+.L_x_1:
+        /*0010*/                   LDG.E R1, desc[UR4][R2.64] ;
+.L_x_2:
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT ;
+        /*0030*/                   MUFU.EX2 R1, R1 ;
+        /*0040*/              @!P0 UTMALDG.4D [UR8], [UR4] ;
+        /*0050*/               @P0 BRA `(.L_x_2) ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT ;
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
+ROW = {
+    "arch": 90, "head_dim": 128, "kernel": "whole", "loop_ratio": 1.047, "instructions": 512,
+    "registers": 218, "spills": 0, "mma": 16, "ex2": 66, "async_copies": 3,
+}  # fmt: skip
+
+
+def test_the_innermost_loop_before_the_exit_is_counted():
+    sass = parse(LISTING, 99)
+    assert sass.loops == (Loop(4, 1, 1, 1),)
+    assert (sass.registers, sass.spills) == (99, 1)
+
+
+def test_missing_tools_are_named(tmp_path: Path):
+    (tmp_path / "ptxas").touch()
+    assert missing_tools(tmp_path) == f"no nvdisasm, cuobjdump in {tmp_path}"
+
+
+def test_what_stays_the_same_passes():
+    assert static_gate.worsened([ROW], [ROW]) == []
+    assert static_gate.worsened([ROW], []) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instructions": 530}, "sm_90 head_dim 128 whole: instructions 530, stored 512"),
+        ({"async_copies": 1}, "sm_90 head_dim 128 whole: async_copies 1, stored 3; work was lost"),
+        ({"loop_ratio": 1.051}, "sm_90 head_dim 128 whole: loop_ratio 1.051, at most 1.05 is all"),
+    ],
+    ids=["slower", "pipeline lost", "past the bar"],
+)
+def test_a_worsening_is_named(change: dict[str, object], message: str):
+    lines = static_gate.worsened([ROW | change], [ROW])
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+@pytest.mark.skipif(static_gate.unavailable() is not None, reason="no Triton with its compilers")
+def test_hopper_kernels_keep_their_bars():
+    found = static_gate.rows([90], [128], ["whole", "partial"])
+    assert static_gate.worsened(found, static_gate.stored_rows()) == []
+    assert all(row["mma"] and row["async_copies"] for row in found)
