@@ -55,6 +55,9 @@ def bench(
         bool,
         typer.Option("--calibrate", help='Keep what backends cost here, for backend "auto".'),
     ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Count what the GPU kernels compile to; no GPU.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the JSON object here.")
     ] = None,
@@ -62,6 +65,10 @@ def bench(
     json_output: JsonOption = False,
 ) -> None:
     """Time the backends beside dense attention; each is verified first."""
+    if static:
+        from dit_sparse.static_bench import static_bench
+
+        return static_bench(json_output)
     if tokens and preset:
         raise typer.BadParameter("give either --tokens or --preset")
     if out is not None and out.exists() and not overwrite:

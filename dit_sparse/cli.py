@@ -311,21 +311,6 @@ def show(
 
 
 @app.command()
-def bench(
-    static: Annotated[
-        bool, typer.Option("--static", help="Count what the GPU kernels compile to; no GPU.")
-    ] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Measure the kernels."""
-    if not static:
-        raise typer.BadParameter("give --static")
-    from dit_sparse.static_bench import static_bench
-
-    static_bench(json_output)
-
-
-@app.command()
 def env(json_output: JsonOption = False) -> None:
     """Print machine, versions and backends, to be pasted into an issue."""
     from dit_sparse.environment import backends, calibrations, environment
