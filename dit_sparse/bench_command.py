@@ -68,7 +68,8 @@ def bench(
     if static:
         from dit_sparse.static_bench import static_bench
 
-        return static_bench(json_output)
+        static_bench(json_output)
+        return
     if tokens and preset:
         raise typer.BadParameter("give either --tokens or --preset")
     if out is not None and out.exists() and not overwrite:

@@ -17,8 +17,10 @@ from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.compiler import instruction_sets, library
 from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.sample import sampled_rows
 from dit_sparse.kernels.windows import Windows, everything
 
+_TILE = 64  # TILE of cpp/product.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -97,35 +99,58 @@ def supports(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See the head of this file."""
-    blocks = call.blocks
-    query, key, value = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value)
-    )
-    batch, tokens, heads, head_dim = query.shape
-    output = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype)
+    batch, tokens, heads, head_dim = call.query.shape
+    output = torch.empty((batch, tokens, heads, head_dim), dtype=call.query.dtype)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
     if output.numel() == 0:
         return output, lse.fill_(-torch.inf)
+    asked, _alive = _asked(call, output, lse)
+    if _library().dit_sparse_attend(ctypes.byref(asked), _DTYPES[call.query.dtype]):
+        raise MemoryError(f"no memory for attention of head_dim {head_dim}")
+    return output, lse
+
+
+def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
+    """What `block_mass` of mass.py says."""
+    blocks, (batch, _, heads, head_dim) = call.blocks, call.query.shape
+    out = torch.zeros((batch, heads, blocks.query_blocks, blocks.key_blocks))
+    slots, block, groups = _slots(blocks, rows)
+    asked, _alive = _asked(call, call.query, lse)
+    failed = _library().dit_sparse_mass(
+        ctypes.byref(asked),
+        _DTYPES[call.query.dtype],
+        *(ctypes.c_void_p(x.data_ptr()) for x in (slots, block, groups)),
+        ctypes.c_int64(len(groups) - 1),
+        ctypes.c_int64(blocks.key_blocks),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the mass of blocks of head_dim {head_dim}")
+    return out
+
+
+def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, object]:
+    """The call as the library reads it, and what must live until it is done."""
+    blocks = call.blocks
+    operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key)]
+    operands += [call.value if call.value.stride(-1) == 1 else call.value.contiguous(), output]
+    batch, tokens, heads, head_dim = call.query.shape
     prepared = _prepared.get(blocks)
     if prepared is None:
         prepared = _prepared[blocks] = _prepare(blocks)
-    made = library(instruction_sets())
-    assert not isinstance(made, str)
+    lists = (
+        lse,
+        blocks.permutation,
+        blocks.query_offsets,
+        blocks.key_offsets,
+        blocks.row_pointer,
+        blocks.key_block,
+        blocks.tag,
+        prepared.longest_first,
+    )
     asked = _Call(
-        *(_operand(x) for x in (query, key, value, output)),
-        *(
-            x.data_ptr()
-            for x in (
-                lse,
-                blocks.permutation,
-                blocks.query_offsets,
-                blocks.key_offsets,
-                blocks.row_pointer,
-                blocks.key_block,
-                blocks.tag,
-                prepared.longest_first,
-            )
-        ),
+        *(_operand(x) for x in operands),
+        *(x.data_ptr() for x in lists),
         ctypes.addressof(prepared.windows),
         None if prepared.hidden is None else prepared.hidden.data_ptr(),
         batch,
@@ -137,9 +162,45 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         call.scale,
         _parallel(),
     )
-    if made.dit_sparse_attend(ctypes.byref(asked), _DTYPES[query.dtype]):
-        raise MemoryError(f"no memory for attention of head_dim {head_dim}")
-    return output, lse
+    return asked, (operands, prepared)
+
+
+def _slots(blocks: BlockIndices, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens in tiles of `_TILE` (-1 for none), the query block of each, and the first tile of
+    each group of tiles that shares no query block with another; int64."""
+    if rows is None:
+        sizes = blocks.query_offsets.diff()
+        tiles = (sizes + _TILE - 1) // _TILE
+        within = torch.arange(int(tiles.max()) * _TILE)
+        place = blocks.query_offsets[:-1, None] + within
+        place = place.where(within < sizes[:, None], -1)
+        place = torch.cat([row[: count * _TILE] for row, count in zip(place, tiles, strict=True)])
+        block = torch.arange(len(sizes)).repeat_interleave(tiles * _TILE)
+        groups = torch.nn.functional.pad(tiles.cumsum(0), (1, 0))
+    else:
+        sampled = sampled_rows(blocks.query_offsets, rows)
+        blocks_of_tile = _TILE // sampled.shape[1]
+        sampled = torch.nn.functional.pad(
+            sampled, (0, 0, 0, -len(sampled) % blocks_of_tile), value=-1
+        )
+        block = torch.arange(len(sampled))[:, None].expand(sampled.shape)
+        place, block = (
+            torch.nn.functional.pad(
+                x.reshape(-1, blocks_of_tile * sampled.shape[1]),
+                (0, _TILE - blocks_of_tile * sampled.shape[1]),
+                value=-1,
+            ).flatten()
+            for x in (sampled, block)
+        )
+        groups = torch.arange(len(place) // _TILE + 1)
+    slots = blocks.permutation[place.clamp_min(0)].where(place >= 0, -1)
+    return slots.contiguous(), block.contiguous(), groups.contiguous()
+
+
+def _library() -> ctypes.CDLL:
+    made = library(instruction_sets())
+    assert not isinstance(made, str)
+    return made
 
 
 def _operand(tensor: Tensor) -> _Operand:

@@ -29,7 +29,7 @@ struct Mass : Reader<Mode, Element> {
       for (int64_t at = call.key_offsets[column]; at < call.key_offsets[column + 1]; at += STEP)
         step(tile, at, std::min<int64_t>(STEP, call.key_offsets[column + 1] - at));
       for (int i = 0; i < TILE; i++)
-        if (slots[i] >= 0) out[block[i] * key_blocks + column] += share[i];
+        if (level[i] != INFINITY) out[block[i] * key_blocks + column] += share[i];
     }
   }
 
