@@ -4,7 +4,7 @@
     python samples/quality.py compare     # samples/quality/comparison.json and table.md
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
-of the search within the density, the one of least total error is taken, for the two best kinds.
+of the search within the density, the one of least total error is taken.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DENSITIES = (0.5, 0.3, 0.2)
 SCHEDULE = Schedule(dense_first=4)
 """A fifth of the sample model's 20 steps."""
 
-UNIFORM_KINDS = 2
+UNIFORM_KINDS = 1
 
 
 def main() -> None:

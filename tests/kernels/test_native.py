@@ -99,13 +99,11 @@ def test_what_is_no_number_goes_where_attention_takes_it(
     output, _ = sparse_attention(
         **names, blocks=from_block_mask(mask, grid, None, 64, 64), backend="native"
     )
-    halves = [
-        torch.nn.functional.scaled_dot_product_attention(
-            *(names[name][:, rows].transpose(1, 2) for name in ("query", "key", "value"))
-        ).transpose(1, 2)
-        for rows in (slice(64), slice(64, 128))
-    ]
-    assert torch.equal(output.isfinite(), torch.cat(halves, 1).isfinite())
+    halves = []
+    for rows in (slice(64), slice(64, 128)):
+        query, key, value = (names[n][0, rows, 0].double() for n in ("query", "key", "value"))
+        halves.append((query @ key.T / 8).softmax(-1) @ value)
+    assert torch.equal(output[0, :, 0].isfinite(), torch.cat(halves).isfinite())
 
 
 def test_no_samples_and_strange_strides(operands):
