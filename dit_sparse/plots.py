@@ -93,7 +93,8 @@ def plot_pattern(
     density = blocks.density()
     figure = Figure(figsize=(10, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, height_ratios=(3.2, 1.0))
+    halves: Any = figure.subfigures(2, height_ratios=(3.2, 1.0))
+    upper, lower = halves
     left, right = upper.subplots(1, 2)
     _show(left, pattern.mask(tokens).numpy() * 2.0)
     left.set_title(f"pairs of tokens in raster order: {density.element:.1%} kept", fontsize=9)

@@ -37,7 +37,9 @@ def simulate(
     _check(grid, window, stride or dilation, pattern, plan, q_tile or kv_tile)
     shape = None if grid is None else grid_of(grid)
     counts = {"--window": window, "--stride": stride, "--dilation": dilation}
-    sizes = [counts_of(name, text or "1x1x1") for name, text in counts.items()]
+    window_of, stride_of, dilation_of = (
+        counts_of(name, text or "1x1x1") for name, text in counts.items()
+    )
     tiles = counts_of("--q-tile", q_tile or "4x4x4"), counts_of("--kv-tile", kv_tile or "4x4x4")
 
     from dit_sparse import bounds
@@ -51,7 +53,7 @@ def simulate(
         found = bounds.of_pattern(pattern_from_text(pattern), shape, *tiles)
     else:
         of = bounds.of_pattern if stride else bounds.of_strides
-        found = of(Neighborhood(*sizes), shape, *tiles)
+        found = of(Neighborhood(window_of, stride_of, dilation_of), shape, *tiles)
     print_bounds(found, json_output)
 
 

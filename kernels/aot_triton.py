@@ -35,6 +35,11 @@ class Variant:
     pooled: bool = False
 
 
+def _named(structure: Any, *types: str) -> Any:
+    """The types of a structure's fields, under their names."""
+    return structure(*types)
+
+
 def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledKernel:
     """The attention kernel in the tiles that blocks of 128 x 128 get, whose order is raster."""
     sizes = tiles(target, head_dim, 2, 128, 128)
@@ -44,10 +49,10 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
         "value": _operand(sizes, head_dim),
         "output": f"*{DTYPE}",
         "lse": "*fp32",
-        "lists": Lists(*[_TABLE] * 10, _INT, _INT),
-        "words": Words(*[_TABLE] * 6, _INT, _INT),
-        "intervals": Intervals(*[_TABLE] * 3, _INT),
-        "pooled": Pooled(*[_TABLE] * 7, "*fp32", f"*{DTYPE}", f"*{DTYPE}", _INT, _INT),
+        "lists": _named(Lists, *[_TABLE] * 10, _INT, _INT),
+        "words": _named(Words, *[_TABLE] * 6, _INT, _INT),
+        "intervals": _named(Intervals, *[_TABLE] * 3, _INT),
+        "pooled": _named(Pooled, *[_TABLE] * 7, "*fp32", f"*{DTYPE}", f"*{DTYPE}", _INT, _INT),
         "query_strides": _STRIDES,
         "key_strides": _STRIDES,
         "value_strides": _STRIDES,

@@ -266,7 +266,7 @@ def attend(
             seen = item < tl.load(pooled.stop + group)
             block = tl.load(pooled.block + item, mask=seen, other=0)
             within = n & ((1 << shift) - 1)
-            seen = seen & (within < tl.load(pooled.count + block))
+            seen = seen & (within < tl.load(pooled.number + block))
             run = tl.load(pooled.first + block) + within
             bias = tl.load(
                 pooled.bias + sample * pooled.bias_stride + run, mask=seen, other=float("-inf")

@@ -26,12 +26,13 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
     key, value = (arranged(x, work, sizes) for x in (call.key, call.value))
     pooled = work.pooled
     if len(pooled.entry):
-        means = (pool(x, work.runs.first, work.runs.count) for x in (key, value))
+        means = (pool(x, work.runs.first, work.runs.real) for x in (key, value))
         pooled = pooled._replace(**dict(zip(("key", "value"), means, strict=True)))
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
     rules = work.predicates
-    attend[(work.rows, batch)](
+    kernel: Any = attend
+    kernel[(work.rows, batch)](
         query, operand(key, sizes), operand(value, sizes), output, lse,
         work.lists, rules.words, rules.intervals, pooled,
         query.stride(), key.stride(), value.stride(), output.stride(),

@@ -45,8 +45,8 @@ def block_mass(
         raise ValueError(
             f"lse must be float32 {(batch, heads, tokens)}, got {lse.dtype} {tuple(lse.shape)}"
         )
-    scale = head_dim**-0.5 if scale is None else scale
-    call = AttentionCall(query, key, key, blocks, scale)
+    factor = head_dim**-0.5 if scale is None else scale
+    call = AttentionCall(query, key, key, blocks, factor)
     if gpu.supports(call) is None:
         from dit_sparse.kernels.mass_triton import block_mass as of_triton
 

@@ -10,6 +10,7 @@ bfloat16 or float16; lse float32 `[batch, heads, tokens]`. Limits: head_dim <= 2
 """
 
 import math
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -84,7 +85,8 @@ def block_mass(call: AttentionCall, lse: Tensor, rows: int | None = 16) -> Tenso
     )
     key_tiles = len(key_first)
     out = query.new_empty(batch, heads, len(slots) // segment, key_tiles, dtype=torch.float32)
-    mass[(len(slots) // BLOCK_Q, batch * heads)](
+    kernel: Any = mass
+    kernel[(len(slots) // BLOCK_Q, batch * heads)](
         query, operand(key, sizes), lse.contiguous(), out, slots, key_first, key_count,
         query.stride(), key.stride(), call.scale / math.log(2), heads, tokens, key_tiles,
         key_tiles if len(key_count) > 1 else 0,

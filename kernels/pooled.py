@@ -18,17 +18,17 @@ from dit_sparse.kernels.tiling import Tiling, ragged, real_tokens, tiling
 
 
 class Runs(NamedTuple):
-    """first `[runs]`: the first position; count `[batch or 1, runs]`: real tokens, which come
-    first; bias, float32 as count: log2 of it. int32 else."""
+    """first `[runs]`: the first position; real `[batch or 1, runs]`: real tokens, which come
+    first; bias, float32 as `real`: log2 of it. int32 else."""
 
     first: Tensor
-    count: Tensor
+    real: Tensor
     bias: Tensor
 
 
 class Pooled(NamedTuple):
     """bounds `[rows + 1]`: groups of each row. entry, stop, shift `[groups]`: entries from and to,
-    log2 of the places of an entry. block `[entries]`: which of `first`, `count` `[blocks]`: the
+    log2 of the places of an entry. block `[entries]`: which of `first`, `number` `[blocks]`: the
     runs of a block at a level. key, value `[batch, heads, runs, head_dim]`. int32."""
 
     bounds: Tensor
@@ -37,7 +37,7 @@ class Pooled(NamedTuple):
     shift: Tensor
     block: Tensor
     first: Tensor
-    count: Tensor
+    number: Tensor
     bias: Tensor
     key: Tensor
     value: Tensor
@@ -92,7 +92,7 @@ def pooled(
         shift=shift[level_of].int(),
         block=block.int(),
         first=_joined(x.first for x in pieces).int(),
-        count=_joined(x.count for x in pieces).int(),
+        number=_joined(x.count for x in pieces).int(),
         bias=bias,
         key=empty,
         value=empty,

@@ -8,6 +8,8 @@ permutation int32 `[tokens]`, or none; first int32 `[runs]`, count int32 `[batch
 Sums are taken in float32. Limits: head_dim <= 256.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -70,7 +72,8 @@ def ordered(x: Tensor, permutation: Tensor | None) -> Tensor:
     batch, tokens, heads, head_dim = x.shape
     unit = 16 // x.element_size()
     copy = x.new_empty(batch, heads, tokens, (head_dim + unit - 1) // unit * unit)
-    _order[(triton.cdiv(tokens, _BLOCK), batch * heads)](
+    kernel: Any = _order
+    kernel[(triton.cdiv(tokens, _BLOCK), batch * heads)](
         x, copy, copy if permutation is None else permutation, x.stride(), copy.stride(),
         heads, tokens, PERMUTED=permutation is not None, HEAD_DIM=head_dim,
         DIM=padded_dim(head_dim), BLOCK=_BLOCK, num_warps=4,
@@ -83,7 +86,8 @@ def pool(x: Tensor, first: Tensor, count: Tensor) -> Tensor:
     batch, _, heads, head_dim = x.shape
     means = x.new_empty(batch, heads, len(first), head_dim)
     if means.numel():
-        _pool[(triton.cdiv(len(first), _BLOCK), batch * heads)](
+        kernel: Any = _pool
+        kernel[(triton.cdiv(len(first), _BLOCK), batch * heads)](
             x, means, first, count, x.stride(), heads, len(first),
             len(first) if len(count) > 1 else 0,
             HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK=_BLOCK, num_warps=4,
@@ -93,7 +97,7 @@ def pool(x: Tensor, first: Tensor, count: Tensor) -> Tensor:
 
 def padded_dim(head_dim: int) -> int:
     """The power of two, at least 16, that a tile of rows of `head_dim` is padded to."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def interpreting() -> bool:

@@ -4,9 +4,9 @@
     python samples/train_moving_shapes.py --more 2000        # go on from the repository's state
     python samples/train_moving_shapes.py --judge            # only judge
 
-About three and a half hours on two cores. Checkpoints lie in `--work`. The repository holds the denoiser's
-last, unaveraged weights (`samples/training/denoiser.safetensors`), from which `--more` goes on at
-the default grid; the optimizers start anew then, behind a warm-up.
+About three and a half hours on two cores. Checkpoints lie in `--work`. The repository holds the
+denoiser's last, unaveraged weights (`samples/training/denoiser.safetensors`), from which `--more`
+goes on at the default grid; the optimizers start anew then, behind a warm-up.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def test_no_samples_and_strange_strides(operands):
         storage = torch.empty(x.numel() + 1)
         shifted.append(storage[1:].view(x.shape).copy_(x))
     for operand in (apart, shifted):
-        came = sparse_attention(*operand, blocks, backend="native")
+        came = sparse_attention(operand[0], operand[1], operand[2], blocks, backend="native")
         assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
 
 

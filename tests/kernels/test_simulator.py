@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -126,11 +127,11 @@ def test_GN6_any_neighborhood_is_counted_exactly():
     chance = random.Random(0)
     for _ in range(40):
         shape = chance.randint(1, 4), chance.randint(1, 6), chance.randint(1, 9)
-        dilation = tuple(chance.randint(1, min(length, 3)) for length in shape)
-        window = tuple(chance.randint(1, length + 1) for length in shape)
-        stride = tuple(chance.randint(1, w) for w in window)
-        causal = tuple(chance.random() < 0.3 for _ in shape)
-        sides = [tuple(chance.randint(1, 4) for _ in shape) for _ in range(2)]
+        dilation: Any = tuple(chance.randint(1, min(length, 3)) for length in shape)
+        window: Any = tuple(chance.randint(1, length + 1) for length in shape)
+        stride: Any = tuple(chance.randint(1, w) for w in window)
+        causal: Any = tuple(chance.random() < 0.3 for _ in shape)
+        sides: list[Any] = [tuple(chance.randint(1, 4) for _ in shape) for _ in range(2)]
         pattern = Neighborhood(window, stride, dilation, causal)
         grid = TokenGrid(*shape)
         expected = brute_force(pattern, grid, *sides, dilation)

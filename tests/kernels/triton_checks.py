@@ -54,8 +54,10 @@ def check(blocks: BlockIndices, head_dim: int, dtype: torch.dtype, batch: int = 
 
 
 def check_on(query: Tensor, key: Tensor, value: Tensor, blocks: BlockIndices, **options):
-    doubles = (x.cpu().double() for x in (query, key, value))
-    expected, sums = sparse_attention(*doubles, blocks, backend="reference", **options)
+    double: list[Tensor] = [x.cpu().double() for x in (query, key, value)]
+    expected, sums = sparse_attention(
+        double[0], double[1], double[2], blocks, backend="reference", **options
+    )
     output, lse = sparse_attention(query, key, value, blocks, backend="triton", **options)
     assert output.dtype == query.dtype
     assert output.shape == query.shape
@@ -212,7 +214,6 @@ def test_all_blocks_are_dense_attention_of_pytorch():
     query, key, value = draw(grid, 4, 128, torch.bfloat16)
     blocks = block_indices([Full()] * 4, grid, tile(4, 4, 8))
     output, _ = sparse_attention(query, key, value, blocks, backend="triton")
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value))
-    ).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     torch.testing.assert_close(output, dense, atol=2e-2, rtol=2e-2)
