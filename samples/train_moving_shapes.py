@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from dit_sparse.environment import environment
 from dit_sparse.pipelines.load import load_pipeline
 from moving_shapes.denoiser import CURRICULUM, train_denoiser
-from moving_shapes.evaluation import PROMPTS, contact_sheet, verdicts
+from moving_shapes.evaluation import PROMPTS, SHEET_PROMPTS, contact_sheet, verdicts
 from moving_shapes.export import GENERATION, export
 from moving_shapes.heads import DENSITY, KINDS, head_masses, table
 from moving_shapes.latents import principal_components
@@ -87,11 +87,13 @@ def judge(folder: Path, logs: Path) -> None:
     (logs / "heads.md").write_text(table(masses) + "\n")
     rows, machine = [], environment()
     pipe.transformer.to(torch.bfloat16)
-    contact_sheet(pipe, call).save(logs / "contact-sheet.png")
-    for scene, verdict in verdicts(pipe, PROMPTS, call):
+    clips: list[torch.Tensor] = []
+    for scene, verdict, clip in verdicts(pipe, PROMPTS, call):
+        clips += [clip] if len(clips) < SHEET_PROMPTS else []
         rows.append({"prompt": scene.prompt(), "right": verdict.right} | _parts(verdict))
         right = sum(row["right"] for row in rows)
         print(f"{right} of {len(rows)} right: {rows[-1]}", file=sys.stderr, flush=True)
+    contact_sheet(clips).save(logs / "contact-sheet.png")
     figures = {
         "processor": machine["machine"]["processor"],
         "torch": torch.__version__,

@@ -44,17 +44,19 @@ def generate(pipe: Any, scene: Scene, arguments: dict[str, Any]) -> Tensor:
     return rearrange(video.float(), "f c h w -> c f h w")
 
 
-def verdicts(pipe: Any, count: int, arguments: dict[str, Any]) -> Iterator[tuple[Scene, Verdict]]:
-    """Generate `count` held-out prompts and judge each."""
+def verdicts(
+    pipe: Any, count: int, arguments: dict[str, Any]
+) -> Iterator[tuple[Scene, Verdict, Tensor]]:
+    """Generate `count` held-out prompts and judge each; with the clip."""
     for scene in held_out_scenes(count):
-        yield scene, check(generate(pipe, scene, arguments), scene)
-
-
-def contact_sheet(pipe: Any, arguments: dict[str, Any]) -> Image.Image:
-    """Six held-out prompts, one a row, frames spread over the clip from left to right."""
-    rows = []
-    for scene in held_out_scenes(SHEET_PROMPTS):
         clip = generate(pipe, scene, arguments)
+        yield scene, check(clip, scene), clip
+
+
+def contact_sheet(clips: list[Tensor]) -> Image.Image:
+    """Clips, one a row, frames spread over the clip from left to right."""
+    rows = []
+    for clip in clips:
         picked = torch.linspace(0, clip.shape[1] - 1, SHEET_FRAMES).round().long()
         rows.append(rearrange(clip[:, picked], "c f h w -> h (f w) c"))
     pixels = (torch.cat(rows).clamp(0, 1) * 255).round().byte().numpy()
