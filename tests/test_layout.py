@@ -69,7 +69,13 @@ def test_kernels_need_torch_and_einops_alone(path: Path) -> None:
     ("library", "homes"),
     [
         ("diffusers", {"pipelines"}),
-        ("typer", {"dit_sparse/cli.py", "dit_sparse/options.py", "dit_sparse/bench_command.py"}),
+        (
+            "typer",
+            {
+                f"dit_sparse/{x}.py"
+                for x in ("cli", "options", "bench_command", "simulate_command")
+            },
+        ),
         ("imageio", {"dit_sparse/video.py"}),
         ("matplotlib", {"dit_sparse/plots.py"}),
     ],

@@ -134,7 +134,7 @@ def test_GN6_any_neighborhood_is_counted_exactly():
         sides: list[Any] = [tuple(chance.randint(1, 4) for _ in shape) for _ in range(2)]
         pattern = Neighborhood(window, stride, dilation, causal)
         grid = TokenGrid(*shape)
-        expected = brute_force(pattern, grid, *sides, dilation)
+        expected = brute_force(pattern, grid, sides[0], sides[1], dilation)
         came = simulate(pattern, grid, *sides)
         assert came.mean_visited == pytest.approx(expected.mean_visited)
         for name in ("visited", "total", "query_tiles", "perfect"):
