@@ -18,7 +18,7 @@ from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Skip
 GRID = TokenGrid(3, 7, 11, text_after=9, valid_text=(4, 9))
 PATTERNS = [Full(), Skip(), Band(40), Band(9, "pixel_major"), Neighborhood((3, 3, 5), (1, 2, 1))]
 FLAGS = compiler.instruction_sets()
-SETS = sorted({FLAGS[:count] for count in (0, 2, 6, len(FLAGS))}, key=len)
+SETS = sorted({FLAGS[:count] for count in (0, 2, 6, 7, len(FLAGS))}, key=len)
 
 pytestmark = pytest.mark.skipif(
     isinstance(compiler.library(FLAGS), str), reason="no C++ compiler here"
