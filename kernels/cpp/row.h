@@ -177,9 +177,12 @@ struct Row : Reader<Mode, Element> {
     std::fill_n(tile.total, TILE, 0.f);
     for (int axis = 0; axis < windows.axes; axis++) {
       std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
-      for (int i = 0; i < count; i++) {
-        tile.low[axis][i] = windows.low[axis * call.tokens + tile.tokens[i]];
-        tile.size[axis][i] = windows.size[axis * call.tokens + tile.tokens[i]];
+      // Lanes without a query see nothing: what an earlier row left there would decide when
+      // maxima are updated, and so how outputs are rounded.
+      for (int i = 0; i < TILE; i++) {
+        const int64_t at = i < count ? axis * call.tokens + tile.tokens[i] : -1;
+        tile.low[axis][i] = at < 0 ? 0 : windows.low[at];
+        tile.size[axis][i] = at < 0 ? 0 : windows.size[at];
       }
     }
   }

@@ -69,6 +69,17 @@ def test_every_element_is_written(operands, monkeypatch: pytest.MonkeyPatch):
     assert all(torch.equal(a, b) for a, b in zip(plain, poisoned, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_call_gives_the_same_bits(dtype: torch.dtype, operands):
+    """Whatever rows a thread has worked on before, and whichever thread takes a row."""
+    blocks = block_indices(PATTERNS, GRID, Band(40).order, 100, 48)
+    query, key, value = operands(GRID.tokens, len(PATTERNS), dtype=dtype)
+    plain = sparse_attention(query, key, value, blocks, backend="native")
+    for _ in range(60):
+        again = sparse_attention(query, key, value, blocks, backend="native")
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_finite_scale(scale: float, dtype: torch.dtype, operands, masked_attention):
