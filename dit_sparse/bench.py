@@ -32,6 +32,7 @@ from dit_sparse.kernels.calibration import (
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.measurement import accepting, candidates, interleaved, verify
 from dit_sparse.runs import prepare_folder
+from dit_sparse.video import replacing
 from dit_sparse.workload import Workload
 
 OnRound = Callable[[int, int], None]
@@ -248,4 +249,5 @@ def calibration_to_dict(calibrations: Sequence[Calibration]) -> dict[str, Any]:
 def write_bench(path: Path, data: dict[str, Any]) -> None:
     """Write a result as JSON."""
     prepare_folder(path.parent)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    with replacing(path) as partial_file:
+        partial_file.write_text(json.dumps(data, indent=1) + "\n")

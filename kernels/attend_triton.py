@@ -29,7 +29,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _matmul(left, right, UPCAST: tl.constexpr):
+def matmul(left, right, UPCAST: tl.constexpr):
     """In float32; UPCAST because the interpreter would multiply the bits of bfloat16."""
     if UPCAST:
         left = left.to(tl.float32)
@@ -82,6 +82,23 @@ def load_tile(
             seen = (d < HEAD_DIM)[None, :] & ((first + n) < tokens)[:, None]
             rows = tl.load(at, mask=seen, other=0.0)
     return rows
+
+
+@triton.jit
+def _look(
+    q, key, value, key_strides, value_strides, sample, head, first, tokens,
+    DESCRIPTORS: tl.constexpr, INSIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Scores of `q` against the tile of keys from `first`, and the values of that tile."""
+    k = load_tile(
+        key, key_strides, sample, head, first, tokens, DESCRIPTORS, INSIDE, HEAD_DIM, DIM, BLOCK_K,
+    )  # fmt: skip
+    v = load_tile(
+        value, value_strides, sample, head, first, tokens, DESCRIPTORS, INSIDE, HEAD_DIM, DIM,
+        BLOCK_K,
+    )  # fmt: skip
+    return matmul(q, k.T, UPCAST), v
 
 
 @triton.jit
@@ -178,15 +195,10 @@ def attend(
             first = entry * BLOCK_K
         else:
             first = tl.load(lists.first + entry)
-        k = load_tile(
-            key, key_strides, sample, head, first, tokens, DESCRIPTORS, True, HEAD_DIM, DIM,
-            BLOCK_K,
+        scores, v = _look(
+            q, key, value, key_strides, value_strides, sample, head, first, tokens,
+            DESCRIPTORS, True, HEAD_DIM, DIM, BLOCK_K, UPCAST,
         )  # fmt: skip
-        v = load_tile(
-            value, value_strides, sample, head, first, tokens, DESCRIPTORS, True, HEAD_DIM, DIM,
-            BLOCK_K,
-        )  # fmt: skip
-        scores = _matmul(q, k.T, UPCAST)
         total, largest, sums = _update(scores, v, total, largest, sums, factor, UPCAST)
 
     if MASKED:
@@ -205,15 +217,10 @@ def attend(
             # A tile without a mask but short, or with padded text, is listed as -1 - tile.
             listed = tl.load(lists.tile + entry)
             key_tile = tl.maximum(listed, -1 - listed)
-            k = load_tile(
-                key, key_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM, DIM,
-                BLOCK_K,
+            scores, v = _look(
+                q, key, value, key_strides, value_strides, sample, head, first, tokens,
+                DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
             )  # fmt: skip
-            v = load_tile(
-                value, value_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM,
-                DIM, BLOCK_K,
-            )  # fmt: skip
-            scores = _matmul(q, k.T, UPCAST)
             if WORD_AXES > 0:
                 word = tl.where(listed < 0, (1 << 30) - 1, 0)
                 for axis in tl.static_range(WORD_AXES):
@@ -236,15 +243,10 @@ def attend(
         for entry in tl.range(start, stop, num_stages=2):
             first = tl.load(lists.first + entry)
             past_end = n >= tl.load(counts + tl.load(lists.tile + entry))
-            k = load_tile(
-                key, key_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM, DIM,
-                BLOCK_K,
+            scores, v = _look(
+                q, key, value, key_strides, value_strides, sample, head, first, tokens,
+                DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
             )  # fmt: skip
-            v = load_tile(
-                value, value_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM,
-                DIM, BLOCK_K,
-            )  # fmt: skip
-            scores = _matmul(q, k.T, UPCAST)
             for axis in tl.static_range(INTERVAL_AXES):
                 at = (group * INTERVAL_AXES + axis) * intervals.tokens + first
                 own = tl.load(intervals.place + at + n)
@@ -274,7 +276,7 @@ def attend(
             at = base * pooled.runs * HEAD_DIM
             k = load_rows(pooled.key + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
             v = load_rows(pooled.value + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
-            scores = _matmul(q, k.T, UPCAST) * factor + bias[None, :]
+            scores = matmul(q, k.T, UPCAST) * factor + bias[None, :]
             total, largest, sums = _update(scores, v, total, largest, sums, 1.0, UPCAST)
 
     seen = sums > 0

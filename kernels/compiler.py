@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
 
+@cache
 def instruction_sets() -> tuple[str, ...]:
     """Flags for what this machine has, and PyTorch is allowed (`ATEN_CPU_CAPABILITY`)."""
     if platform.machine() not in ("x86_64", "AMD64"):

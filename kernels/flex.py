@@ -24,8 +24,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import PARTIAL, WHOLE, BlockIndices
+from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.predicates import unwindowed
+from dit_sparse.kernels.tiling import ragged
 from dit_sparse.kernels.windows import Windows, everything
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,16 +162,10 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
 def _refusal(blocks: BlockIndices) -> str | None:
     if (blocks.tag > WHOLE).any():
         return "pooled keys are not built here"
-    for head, pattern in enumerate(blocks.patterns or ()):
-        if _has_partial(blocks, head) and pattern.windows(blocks.grid) is None:
-            return f"{pattern} has partial blocks and is not made of windows"
+    pattern = unwindowed(blocks)
+    if pattern is not None:
+        return f"{pattern} has partial blocks and is not made of windows"
     return None
-
-
-def _has_partial(blocks: BlockIndices, head: int) -> bool:
-    first, last = (head * blocks.query_blocks, (head + 1) * blocks.query_blocks)
-    entries = slice(int(blocks.row_pointer[first]), int(blocks.row_pointer[last]))
-    return bool((blocks.tag[entries] == PARTIAL).any())
 
 
 def _slots(blocks: BlockIndices, device: torch.device, batch: int) -> _Slots:
@@ -180,7 +176,7 @@ def _slots(blocks: BlockIndices, device: torch.device, batch: int) -> _Slots:
     key_place = _places(blocks, blocks.key_offsets, size[1])
     queries = _tokens(query_place, blocks.query_blocks * size[0])
     keys = _tokens(key_place, blocks.key_blocks * size[1])
-    real = _real(blocks, batch)
+    real = blocks.grid.real(batch)
     seen = (keys >= 0) & real[:, keys.clamp_min(0)]
     clean = seen.view(batch, blocks.key_blocks, size[1]).all(-1).all(0)
     whole = (blocks.tag == WHOLE) & clean[blocks.key_block.long()]
@@ -224,21 +220,13 @@ def _tokens(place: Tensor, slots: int) -> Tensor:
     return torch.full((slots,), -1).index_copy_(0, place, torch.arange(len(place)))
 
 
-def _real(blocks: BlockIndices, batch: int) -> Tensor:
-    """Which tokens of each sample are not padded text, bool `[batch, tokens]`."""
-    real = torch.ones(batch, blocks.grid.tokens, dtype=torch.bool)
-    for sample, valid in enumerate(blocks.grid.valid_text or ()):
-        real[sample, blocks.grid.invalid_text(valid)] = False
-    return real
-
-
 def _lists(blocks: BlockIndices, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers `[1, heads, query_blocks]` and, first in their rows, indices `[1, heads,
     query_blocks, key_blocks]` of the chosen entries, int32."""
     rows = blocks.heads * blocks.query_blocks
     row = torch.arange(rows).repeat_interleave(blocks.row_pointer.diff())[chosen]
     counts = row.bincount(minlength=rows)
-    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    _, column = ragged(counts)
     indices = torch.zeros(rows, blocks.key_blocks, dtype=torch.int32)
     indices[row, column] = blocks.key_block[chosen]
     shape = 1, blocks.heads, blocks.query_blocks

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
-from dit_sparse.kernels.predicates import partial_patterns
+from dit_sparse.kernels.predicates import unwindowed
 from dit_sparse.kernels.target import Target, interpreter_asked, target_of
 
 MOST_HEAD_DIM = 256
@@ -59,7 +59,7 @@ def _version(target: Target) -> str:
 
 
 def _reason(blocks: BlockIndices) -> str | None:
-    for pattern in partial_patterns(blocks):
-        if pattern.windows(blocks.grid) is None:
-            return f"pattern {pattern} decides pairs in a way that is not made of intervals"
-    return None
+    pattern = unwindowed(blocks)
+    if pattern is None:
+        return None
+    return f"pattern {pattern} decides pairs in a way that is not made of intervals"

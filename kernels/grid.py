@@ -81,6 +81,13 @@ class TokenGrid:
         start = 0 if self.text_before else self.video
         return slice(start + valid, start + self.text)
 
+    def real(self, batch: int) -> Tensor:
+        """Which tokens of each of `batch` samples are not padding, bool `[batch, tokens]`."""
+        real = torch.ones(batch, self.tokens, dtype=torch.bool)
+        for sample, valid in enumerate(self.valid_text or ()):
+            real[sample, self.invalid_text(valid)] = False
+        return real
+
     def coordinates(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Frame, row and column of raster `tokens` (int64, any shape); -1 for text tokens."""
         video = tokens - self.text_before

@@ -62,10 +62,8 @@ def _plain(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     permutation = blocks.permutation.to(device)
     key = rearrange(call.key[:, permutation].to(dtype), "b j h d -> b h d j")
-    real = torch.ones(len(call.query), blocks.grid.tokens, dtype=torch.bool)
-    for sample, valid in enumerate(blocks.grid.valid_text or ()):
-        real[sample, blocks.grid.invalid_text(valid)] = False
-    hidden = rearrange(~real[:, blocks.permutation], "b j -> b 1 1 j").to(device)
+    real = blocks.grid.real(len(call.query))[:, blocks.permutation]
+    hidden = rearrange(~real, "b j -> b 1 1 j").to(device)
     places = (
         list(torch.arange(blocks.grid.tokens).tensor_split(blocks.query_offsets[1:-1]))
         if rows is None

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.attend_triton import load_rows, load_tile
+from dit_sparse.kernels.attend_triton import load_rows, load_tile, matmul
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.launch_triton import arranged, operand, tiles_of
-from dit_sparse.kernels.sample import sampled_rows
+from dit_sparse.kernels.sample import segments
 from dit_sparse.kernels.tiling import real_tokens, tiling
 from dit_sparse.kernels.tokens_triton import interpreting, padded_dim, unit_stride
 from dit_sparse.kernels.worklist import worklist
@@ -63,10 +63,7 @@ def mass(
             key, key_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM, DIM,
             BLOCK_K,
         )  # fmt: skip
-        if UPCAST:
-            scores = tl.dot(q.to(tl.float32), k.to(tl.float32).T, input_precision="ieee")
-        else:
-            scores = tl.dot(q, k.T, input_precision="ieee")
+        scores = matmul(q, k.T, UPCAST)
         shares = tl.math.exp2(scores * factor - level[:, None])
         shares = tl.sum(tl.where(real[None, :], shares, 0.0), 1)
         tl.store(out + tile, tl.sum(tl.reshape(shares, (SEGMENTS, SEGMENT)), 1))
@@ -74,7 +71,7 @@ def mass(
 
 def block_mass(call: AttentionCall, lse: Tensor, rows: int | None = 16) -> Tensor:
     """Mass of every pair of blocks, listed or not, float32 `[batch, heads, query_blocks,
-    key_blocks]`; summed over the rows that `sampled_rows` picks, or over all (`None`)."""
+    key_blocks]`; summed over the rows that `segments` picks, or over all (`None`)."""
     query, blocks = unit_stride(call.query), call.blocks
     batch, tokens, heads, head_dim = query.shape
     sizes = tiles_of(call)
@@ -113,17 +110,8 @@ def _tables(blocks: BlockIndices, rows: int | None, block_k: int, device: torch.
     and the tiles of keys."""
     known, name = _kept.setdefault(blocks, {}), (rows, block_k, device)
     if name not in known:
-        if rows is None:
-            runs = tiling(blocks.query_offsets, BLOCK_Q)
-            place = runs.first[:, None] + torch.arange(BLOCK_Q)
-            place = place.where(torch.arange(BLOCK_Q) < runs.count[:, None], -1)
-            of_query = runs.block
-        else:
-            place = sampled_rows(blocks.query_offsets, rows)
-            of_query = torch.arange(len(place))
-        token = blocks.permutation[place.clamp_min(0)].where(place >= 0, -1)
-        segment = 1 << (token.shape[1] - 1).bit_length()
-        token = torch.nn.functional.pad(token, (0, segment - token.shape[1]), value=-1).flatten()
+        token, of_query = segments(blocks, rows, BLOCK_Q)
+        segment, token = token.shape[1], token.flatten()
         token = torch.nn.functional.pad(token, (0, -len(token) % BLOCK_Q), value=-1)
         keys = tiling(blocks.key_offsets, block_k)
         known[name] = (

@@ -17,7 +17,7 @@ from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.compiler import instruction_sets, library
 from dit_sparse.kernels.pattern import Pattern
-from dit_sparse.kernels.sample import sampled_rows
+from dit_sparse.kernels.sample import segments
 from dit_sparse.kernels.windows import Windows, everything
 
 _TILE = 64  # TILE of cpp/product.h
@@ -73,8 +73,9 @@ class _Call(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Prepared:
-    """What the library reads of one BlockIndices, kept alive with it."""
+    """What the library reads of one BlockIndices, or why it cannot; kept alive with it."""
 
+    refusal: str | None
     windows: ctypes.Array
     kept: list[Windows]
     longest_first: Tensor
@@ -90,9 +91,9 @@ def supports(call: AttentionCall) -> str | None:
         return f"runs on the CPU, the tensors are on {call.query.device}"
     if call.query.dtype not in _DTYPES:
         return f"takes float32, bfloat16 or float16, got {call.query.dtype}"
-    for pattern in dict.fromkeys(call.blocks.patterns or ()):
-        if pattern.kind != "skip" and pattern.windows(call.blocks.grid) is None:
-            return f"{pattern} is not made of intervals"
+    refusal = _prepared_of(call.blocks).refusal
+    if refusal is not None:
+        return refusal
     made = library(instruction_sets())
     return made if isinstance(made, str) else None
 
@@ -132,12 +133,11 @@ def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
 def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, object]:
     """The call as the library reads it, and what must live until it is done."""
     blocks = call.blocks
-    operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key)]
-    operands += [call.value if call.value.stride(-1) == 1 else call.value.contiguous(), output]
+    operands = [
+        x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value)
+    ]
     batch, tokens, heads, head_dim = call.query.shape
-    prepared = _prepared.get(blocks)
-    if prepared is None:
-        prepared = _prepared[blocks] = _prepare(blocks)
+    prepared = _prepared_of(blocks)
     lists = (
         lse,
         blocks.permutation,
@@ -149,7 +149,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         prepared.longest_first,
     )
     asked = _Call(
-        *(_operand(x) for x in operands),
+        *(_operand(x) for x in (*operands, output)),
         *(x.data_ptr() for x in lists),
         ctypes.addressof(prepared.windows),
         None if prepared.hidden is None else prepared.hidden.data_ptr(),
@@ -168,33 +168,14 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
 def _slots(blocks: BlockIndices, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens in tiles of `_TILE` (-1 for none), the query block of each, and the first tile of
     each group of tiles that shares no query block with another; int64."""
-    if rows is None:
-        sizes = blocks.query_offsets.diff()
-        tiles = (sizes + _TILE - 1) // _TILE
-        within = torch.arange(int(tiles.max()) * _TILE)
-        place = blocks.query_offsets[:-1, None] + within
-        place = place.where(within < sizes[:, None], -1)
-        place = torch.cat([row[: count * _TILE] for row, count in zip(place, tiles, strict=True)])
-        block = torch.arange(len(sizes)).repeat_interleave(tiles * _TILE)
-        groups = torch.nn.functional.pad(tiles.cumsum(0), (1, 0))
-    else:
-        sampled = sampled_rows(blocks.query_offsets, rows)
-        blocks_of_tile = _TILE // sampled.shape[1]
-        sampled = torch.nn.functional.pad(
-            sampled, (0, 0, 0, -len(sampled) % blocks_of_tile), value=-1
-        )
-        block = torch.arange(len(sampled))[:, None].expand(sampled.shape)
-        place, block = (
-            torch.nn.functional.pad(
-                x.reshape(-1, blocks_of_tile * sampled.shape[1]),
-                (0, _TILE - blocks_of_tile * sampled.shape[1]),
-                value=-1,
-            ).flatten()
-            for x in (sampled, block)
-        )
-        groups = torch.arange(len(place) // _TILE + 1)
-    slots = blocks.permutation[place.clamp_min(0)].where(place >= 0, -1)
-    return slots.contiguous(), block.contiguous(), groups.contiguous()
+    token, of_segment = segments(blocks, rows, _TILE)
+    width, slots = token.shape[1], token.flatten()
+    padding = 0, -len(slots) % _TILE
+    slots = torch.nn.functional.pad(slots, padding, value=-1)
+    block = torch.nn.functional.pad(of_segment.repeat_interleave(width), padding, value=-1)
+    # A tile of all rows lies in one block, which may have more of them.
+    tiles = of_segment.bincount() if rows is None else torch.ones(len(slots) // _TILE).long()
+    return slots, block, torch.nn.functional.pad(tiles.cumsum(0), (1, 0))
 
 
 def _library() -> ctypes.CDLL:
@@ -208,26 +189,31 @@ def _operand(tensor: Tensor) -> _Operand:
     return _Operand(tensor.data_ptr(), batch, token, head)
 
 
+def _prepared_of(blocks: BlockIndices) -> _Prepared:
+    prepared = _prepared.get(blocks)
+    if prepared is None:
+        prepared = _prepared[blocks] = _prepare(blocks)
+    return prepared
+
+
 def _prepare(blocks: BlockIndices) -> _Prepared:
+    grid, refusal = blocks.grid, None
     patterns: tuple[Pattern | None, ...] = blocks.patterns or (None,) * blocks.heads
-    kept = {
-        pattern: (pattern.windows(blocks.grid) if pattern is not None else None)
-        or everything(blocks.grid.tokens)
-        for pattern in dict.fromkeys(patterns)
-    }
+    kept: dict[Pattern | None, Windows] = {}
+    for pattern in dict.fromkeys(patterns):
+        own = None if pattern is None else pattern.windows(grid)
+        if pattern is not None and pattern.kind != "skip" and own is None:
+            refusal = refusal or f"{pattern} is not made of intervals"
+        kept[pattern] = own or everything(grid.tokens)
     windows = (_Windows * blocks.heads)(
         *(
             _Windows(len(w.low), w.low.data_ptr(), w.size.data_ptr(), w.place.data_ptr())
             for w in (kept[pattern] for pattern in patterns)
         )
     )
-    hidden = None
-    if blocks.grid.valid_text is not None:
-        hidden = torch.zeros(len(blocks.grid.valid_text), blocks.grid.tokens, dtype=torch.bool)
-        for sample, valid in enumerate(blocks.grid.valid_text):
-            hidden[sample, blocks.grid.invalid_text(valid)] = True
+    hidden = None if grid.valid_text is None else ~grid.real(len(grid.valid_text))
     rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
-    return _Prepared(windows, list(kept.values()), rows, hidden)
+    return _Prepared(refusal, windows, list(kept.values()), rows, hidden)
 
 
 @cache

@@ -73,6 +73,14 @@ def partial_patterns(blocks: BlockIndices) -> dict[Pattern, list[int]]:
     return found
 
 
+def unwindowed(blocks: BlockIndices) -> Pattern | None:
+    """The first pattern that has partial blocks and is not made of windows."""
+    for pattern in partial_patterns(blocks):
+        if pattern.windows(blocks.grid) is None:
+            return pattern
+    return None
+
+
 def predicates(blocks: BlockIndices, keys: Tiling, real: Tensor, block_k: int) -> Predicates:
     """The tables for tiles of at most `block_k` keys, of which `real` are not padded text."""
     groups: tuple[list[_Group], list[_Group]] = [], []

@@ -33,8 +33,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = query.shape
     output, lse = torch.empty_like(query), query.new_empty(batch, heads, tokens)
     masks = [element_mask(call.blocks, head) for head in range(heads)]
-    for sample in range(batch):
-        real = _real(call.blocks, sample)
+    for sample, real in enumerate(call.blocks.grid.real(batch)):
         for head in range(heads):
             pool, visible = _pooled(call.blocks, head, real)
             pool = torch.cat([torch.eye(tokens), pool]).to(query)
@@ -63,14 +62,6 @@ def element_mask(blocks: BlockIndices, head: int) -> Tensor:
             if tag in (WHOLE, PARTIAL):
                 visible[queries, keys] = kept[queries, keys] if tag == PARTIAL else True
     return visible
-
-
-def _real(blocks: BlockIndices, sample: int) -> Tensor:
-    """Which tokens of a sample are not padding, bool `[tokens]`."""
-    real = torch.ones(blocks.grid.tokens, dtype=torch.bool)
-    if blocks.grid.valid_text is not None:
-        real[blocks.grid.invalid_text(blocks.grid.valid_text[sample])] = False
-    return real
 
 
 def _pooled(blocks: BlockIndices, head: int, real: Tensor) -> tuple[Tensor, Tensor]:

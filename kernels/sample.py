@@ -8,6 +8,9 @@ Every n-th row would follow the rows of a token tile and see one column of it on
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.tiling import tiling
+
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -23,3 +26,22 @@ def sampled_rows(offsets: Tensor, rows: int) -> Tensor:
     within = torch.where(sizes <= rows, number, within)
     again = (within[:, :, None] == within[:, None, :]).tril(-1).any(-1)
     return torch.where((number < sizes) & ~again, offsets[:-1, None] + within, -1)
+
+
+def segments(blocks: BlockIndices, rows: int | None, size: int) -> tuple[Tensor, Tensor]:
+    """The queries that stand for every block of queries: raster tokens, -1 for none, int64
+    `[segments, width]`, and the block of each segment, ascending.
+
+    `width` is a power of two. All rows (`None`) take as many segments of `size` as they need;
+    sampled ones take one segment a block.
+    """
+    if rows is None:
+        runs, within = tiling(blocks.query_offsets, size), torch.arange(size)
+        place = (runs.first[:, None] + within).where(within < runs.count[:, None], -1)
+        block = runs.block
+    else:
+        place = sampled_rows(blocks.query_offsets, rows)
+        width = 1 << (rows - 1).bit_length()
+        place = torch.nn.functional.pad(place, (0, width - rows), value=-1)
+        block = torch.arange(len(place))
+    return blocks.permutation[place.clamp_min(0)].where(place >= 0, -1), block

@@ -33,8 +33,6 @@ DENSITIES = (0.5, 0.3, 0.2)
 SCHEDULE = Schedule(dense_first=4)
 """A fifth of the sample model's 20 steps."""
 
-UNIFORM_KINDS = 1
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -68,10 +66,11 @@ def measure() -> None:
     for density in DENSITIES:
         searched = Plan.from_pretrained(PLANS / plan_name(density))
         plans[f"searched {density:.0%}"] = searched
-        for pattern in best_uniform(searched, density):
-            name = f"uniform {density:.0%}, {pattern}"
-            heads = {layer: (pattern,) * len(own) for layer, own in searched.assignment.items()}
-            plans[name] = replace(searched, assignment=heads, evidence={})
+        pattern = best_uniform(searched, density)
+        heads = {layer: (pattern,) * len(own) for layer, own in searched.assignment.items()}
+        plans[f"uniform {density:.0%}, {pattern}"] = replace(
+            searched, assignment=heads, evidence={}
+        )
     session = open_session(MODEL)
     prompts = read_prompts(SAMPLES / "prompts" / "held-out.txt")
     result = compare(
@@ -82,17 +81,16 @@ def measure() -> None:
     (RESULTS / "table.md").write_text(table(result))
 
 
-def best_uniform(searched: Plan, density: float) -> list[Pattern]:
-    """The pattern of least total error of each of the best kinds, no denser than `density`."""
+def best_uniform(searched: Plan, density: float) -> Pattern:
+    """The pattern of least total error that is no denser than `density`."""
     evidence = Evidence.of_plan(searched)
     total = evidence.error[..., : len(evidence.patterns)].double().sum((0, 1))
     cost = evidence.cost[0, 0, : len(evidence.patterns)]
-    best: dict[object, Pattern] = {}
-    for index in torch.argsort(total).tolist():
-        pattern = evidence.patterns[index]
-        if cost[index] <= density and pattern != Full():
-            best.setdefault((pattern.kind, pattern.order), pattern)
-    return list(best.values())[:UNIFORM_KINDS]
+    return next(
+        evidence.patterns[index]
+        for index in torch.argsort(total).tolist()
+        if cost[index] <= density and evidence.patterns[index] != Full()
+    )
 
 
 def table(result: Comparison) -> str:

@@ -1,4 +1,5 @@
-// Attend: all rows of a call, on all threads; and the mass of blocks. Never with -ffast-math, which would undo `exp2`.
+// Attend: all rows of a call, on all threads; and the mass of blocks. Never with -ffast-math, which
+// would undo `exp2`.
 
 #include <atomic>
 #include <thread>
