@@ -44,7 +44,8 @@ LEARNING_RATE = 1e-3
 class Stage:
     """A part of the curriculum: clips of `size` (frames, height, width), `samples` of them.
 
-    The learning rate falls to the share `final` of itself.
+    The learning rate falls to the share `final` of itself. Of the clips with one shape the share
+    `singles` is kept: the motion of two is what the model learns last.
     """
 
     size: tuple[int, int, int]
@@ -52,6 +53,7 @@ class Stage:
     samples: int
     learning_rate: float
     final: float = 0.5
+    singles: float = 1.0
 
 
 CURRICULUM = (
@@ -62,6 +64,7 @@ CURRICULUM = (
     Stage((29, 32, 32), 16, 16_000, 1.5e-3, final=0.3),
     Stage((29, 48, 48), 8, 2_000, 1e-3, final=0.3),
     Stage((29, 64, 64), 4, 2_000, 7e-4, final=0.02),
+    Stage((29, 64, 64), 4, 5_200, 8e-4, final=0.02, singles=0.2),
 )
 
 
@@ -113,7 +116,8 @@ class Latents:
         scenes: list[Scene] = []
         while len(scenes) < count:
             scene = random_scene(self.rng)
-            if not scene.held_out():
+            kept = len(scene.movers) > 1 or self.rng.random() < self.stage.singles
+            if kept and not scene.held_out():
                 scenes.append(scene)
         latents = self.components.latents(clips(scenes, self.stage.size))
         latents = latents / rearrange(self.components.scale(), "c -> c 1 1 1")
