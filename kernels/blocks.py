@@ -3,10 +3,10 @@
     patterns + grid -> order -> blocks of queries x blocks of keys -> which are touched, and how
 
 A block of keys is listed if the pattern keeps at least one of its pairs, and only then. It is
-tagged whole if it keeps all of them; otherwise partial, and the pattern itself decides inside. A
-list made without patterns may also ask for keys pooled by `2^r`: runs of as many positions of the
-block, each attended to as one key, the mean of its tokens, with `ln(their number)` added to the
-logit, and as one value. Padded text is left out of means and numbers.
+tagged whole if it keeps all of them; otherwise partial, and the pattern itself decides inside.
+Blocks that no pattern touches may be asked for with keys pooled by `2^r`: runs of as many
+positions of the block, each attended to as one key, the mean of its tokens, with `ln(their
+number)` added to the logit, and as one value. Padded text is left out of means and numbers.
 """
 
 import itertools
@@ -185,6 +185,7 @@ def block_indices(
     order: TokenOrder | None = None,
     block_q: int = 128,
     block_k: int = 128,
+    pooled: int = 0,
 ) -> BlockIndices:
     """The blocks that `patterns`, one for each head, visit on `grid`.
 
@@ -193,6 +194,7 @@ def block_indices(
         grid: where the tokens stand.
         order: defaults to the order that the patterns ask for, raster if none does.
         block_q, block_k: tokens in a block of queries, of keys.
+        pooled: r > 0 lists the blocks that a pattern does not touch as well, pooled by `2^r`.
 
     Raises:
         ValueError: a pattern refuses the grid, or `order` is missing and heads ask for different
@@ -210,10 +212,15 @@ def block_indices(
         if reason is not None:
             raise ValueError(reason)
     order = _common_order(patterns) if order is None else order
+    if not 0 <= pooled <= MOST_POOLED:
+        raise ValueError(f"pooled must be in 0..{MOST_POOLED}, got {pooled}")
     rows = [
         _visited(pattern, replace(grid, valid_text=None), order, block_q, block_k)
         for pattern in patterns
     ]
+    if pooled:
+        key_blocks = len(order.offsets(grid, block_k)) - 1
+        rows = [_filled(row, key_blocks, pooled) for row in rows]
     return _assemble(
         grid,
         order,
@@ -304,6 +311,15 @@ def _visited(
         tags.append(torch.where(whole, WHOLE, PARTIAL).to(torch.int8))
         kept += int(pairs.sum())
     return _Visited(torch.cat(counts), torch.cat(key_blocks), torch.cat(tags), kept)
+
+
+def _filled(row: _Visited, key_blocks: int, tag: int) -> _Visited:
+    """The same rows with all other key blocks listed under `tag`."""
+    tags = torch.full((len(row.counts), key_blocks), tag, dtype=torch.int8)
+    place = torch.arange(len(row.counts)).repeat_interleave(row.counts)
+    tags[place, row.key_block.long()] = row.tag
+    key_block = torch.arange(key_blocks, dtype=torch.int32).repeat(len(row.counts))
+    return _Visited(torch.full_like(row.counts, key_blocks), key_block, tags.flatten(), row.kept)
 
 
 def _assemble(

@@ -282,6 +282,30 @@ def test_PS_pooled_keys_are_means_with_the_log_of_their_number(
 
 
 @every_backend
+@pytest.mark.parametrize("valid_text", [None, (5, 0)])
+def test_PS_blocks_that_patterns_do_not_touch_are_pooled(
+    backend: str, valid_text: tuple[int, int] | None, operands
+):
+    skip_refused(backend, "pooled")
+    grid = TokenGrid(3, 5, 7, text_after=9, valid_text=valid_text)
+    patterns = [Neighborhood((2, 3, 3)), Full(), Skip(), Band(11)]
+    blocks = block_indices(patterns, grid, None, 16, 8, pooled=2)
+    plain = block_indices(patterns, grid, None, 16, 8)
+    absent = torch.ones(4, blocks.query_blocks, blocks.key_blocks, dtype=torch.bool)
+    for head, row in itertools.product(range(4), range(blocks.query_blocks)):
+        listed = dict(plain.entries(head, row))
+        absent[head, row, list(listed)] = False
+        assert dict(blocks.entries(head, row)) == dict.fromkeys(range(absent.shape[2]), 2) | listed
+    assert torch.equal(blocks.kept, plain.kept)
+    rest = from_tags(torch.where(absent, 2, -2).to(torch.int8), grid, plain.order, 16, 8)
+    query, key, value = operands(grid.tokens, 4)
+    exact = query.double(), key.double(), value.double()
+    parts = [sparse_attention(*exact, part, backend="reference") for part in (plain, rest)]
+    came = sparse_attention(query, key, value, blocks, backend=backend)
+    assert_close(came, merge(parts), torch.float32)
+
+
+@every_backend
 def test_disjoint_lists_merge_to_dense(backend: str, operands, masked_attention):
     grid = GRIDS[1]
     mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
