@@ -15,7 +15,8 @@ if TYPE_CHECKING:
         Skip,
     )
     from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
-    from dit_sparse.pipelines.plan import Plan, Schedule
+    from dit_sparse.pipelines.plan import Plan
+    from dit_sparse.pipelines.schedule import Schedule
     from dit_sparse.search.budget import Budget
     from dit_sparse.search.driver import search_plan
 
@@ -47,7 +48,7 @@ _HOMES = {
     "Neighborhood": "dit_sparse.kernels.pattern",
     "Plan": "dit_sparse.pipelines.plan",
     "Radial": "dit_sparse.kernels.pattern",
-    "Schedule": "dit_sparse.pipelines.plan",
+    "Schedule": "dit_sparse.pipelines.schedule",
     "Sink": "dit_sparse.kernels.pattern",
     "Skip": "dit_sparse.kernels.pattern",
     "disable_sparse_attention": "dit_sparse.pipelines.hook",

@@ -129,7 +129,7 @@ def search(
         found = resolve(_plan(from_plan), limit)
     else:
         from dit_sparse.generate import check
-        from dit_sparse.pipelines.plan import Schedule
+        from dit_sparse.pipelines.schedule import Schedule
         from dit_sparse.search.driver import search_plan
 
         assert model is not None

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from dit_sparse.environment import environment
@@ -29,6 +29,7 @@ PROTOCOL = {
     "speedup": "dense seconds / sparse seconds of the same prompt; median, lowest, highest",
     "density": "mean over all self-attention calls of all steps, those that ran dense as 1",
     "density_sparse": "the same over the calls that ran sparse",
+    "flops": "of all self-attention calls, searches and caches included, 1 if all run dense",
     **CONVENTIONS,
 }
 
@@ -64,6 +65,9 @@ class PlanResult:
     Args:
         density: {element, block, weighted} over all self-attention calls.
         density_sparse: over the sparse calls; None if every call ran dense.
+        flops: of all self-attention calls with their searches and caches, in those of dense ones.
+        cache_bytes: most memory that caches held at once.
+        stages: of a run's attention seconds, those in `attention`, `search` and `remainder`.
         attention_seconds: of a run's `seconds`, those spent in self-attention.
         dense_calls: of one run, how many self-attention calls ran dense, by reason.
     """
@@ -72,6 +76,9 @@ class PlanResult:
     digest: str
     density: dict[str, float]
     density_sparse: dict[str, float] | None
+    flops: float
+    cache_bytes: int
+    stages: dict[str, float]
     attention_seconds: Spread
     dense_calls: dict[str, int]
     speedup: Spread
@@ -167,9 +174,11 @@ def compare(
             PlanResult(
                 name=name,
                 digest=plan.digest,
-                # Analytic patterns cost the same for every prompt.
-                density=attention[name][0]["density"],
-                density_sparse=attention[name][0]["density_sparse"],
+                density=_mean([summary["density"] for summary in attention[name]]),
+                density_sparse=_mean([summary["density_sparse"] for summary in attention[name]]),
+                flops=fmean(summary["flops"] for summary in attention[name]),
+                cache_bytes=max(summary["cache_bytes"] for summary in attention[name]),
+                stages=_mean([summary["stages"] for summary in attention[name]]),
                 attention_seconds=spread([summary["seconds"] for summary in attention[name]]),
                 dense_calls=attention[name][0]["dense_calls"],
                 speedup=spread([pair.speedup for pair in pairs[name]]),
@@ -216,6 +225,14 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median(values), min(values), max(values))
 
 
+def _mean(tables: Sequence[Any]) -> Any:
+    """The mean of tables of numbers, entry by entry; None if there are none."""
+    if None in tables:
+        return None
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: fmean(table.get(name, 0.0) for table in tables) for name in names}
+
+
 def _run(
     pipe: Any,
     plan: Plan | None,
@@ -234,9 +251,9 @@ def _run(
 def _warm_up(
     pipe: Any, plan: Plan | None, prompt: Prompt, settings: Settings, on_step: OnStep | None
 ) -> float:
-    # The fewest steps of which one runs sparse.
-    dense = 0 if plan is None else plan.schedule.dense_first + plan.schedule.dense_last
-    short = replace(settings, steps=min(dense + 1, settings.steps))
+    # The fewest steps of which one runs sparse, and one more that may renew.
+    dense = -1 if plan is None else plan.schedule.dense_first + plan.schedule.dense_last
+    short = replace(settings, steps=min(dense + 2, settings.steps))
     return _run(pipe, plan, prompt, settings.seed, short, on_step)[0].seconds
 
 

@@ -94,7 +94,7 @@ def check(pipe: Any, settings: Settings, plan: Plan | None) -> None:
     if plan is None:
         return
     plan.check(pipe)
-    if all(plan.schedule.dense(step, settings.steps) for step in range(settings.steps)):
+    if plan.schedule.dense_first + plan.schedule.dense_last >= settings.steps:
         raise ValueError(
             f"the plan keeps {plan.schedule.dense_first} first and {plan.schedule.dense_last} "
             f"last steps dense, so nothing of {settings.steps} steps would run sparse; "
@@ -174,7 +174,11 @@ def attention_summary(hook: SparseAttentionHook) -> dict[str, Any]:
     densities = {"density": report.density, "density_sparse": report.density_sparse}
     return {
         **{name: None if value is None else asdict(value) for name, value in densities.items()},
+        "flops": report.flops,
+        "cache_bytes": report.cache_bytes,
+        "dropped_caches": report.dropped_caches,
         "seconds": report.seconds,
+        "stages": report.stages,
         "sparse_calls": report.sparse_calls,
         "dense_calls": report.dense_calls,
     }

@@ -1,14 +1,15 @@
 """PlanSummary: what a plan does, head by head and on the whole."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.pattern import Pattern, Scored
 from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 
 Shape = tuple[int, int, int]
 
@@ -31,9 +32,12 @@ class PlanSummary:
         layers: the heads of each layer, by component and path.
         patterns: share of the heads by kind.
         density: of the sparse steps' self-attention, {element, block, weighted}; None while no
-            grid is known.
+            grid is known, and where scored patterns find theirs only while denoising.
         grid: (frames, height, width) in tokens, which the densities hold for.
-        schedule: {dense_first, dense_last} in denoising steps.
+        remainders: share of the heads by what becomes of the pairs that they do not compute.
+        cache_bytes: of caches at `grid`, in one guidance branch and for one video; None while no
+            grid is known.
+        schedule: in denoising steps.
         predicted: what the search expected.
     """
 
@@ -41,10 +45,12 @@ class PlanSummary:
     model: dict[str, str]
     layers: dict[str, tuple[HeadSummary, ...]]
     patterns: dict[str, float]
+    remainders: dict[str, float]
     density: dict[str, float] | None
+    cache_bytes: int | None
     grid: Shape | None
     block: int
-    schedule: dict[str, int]
+    schedule: Schedule
     predicted: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,10 +67,12 @@ class PlanSummary:
             "model": self.model,
             "heads": heads,
             "patterns": self.patterns,
+            "remainders": self.remainders,
             "density": self.density,
+            "cache_bytes": self.cache_bytes,
             "grid": None if self.grid is None else list(self.grid),
             "block": self.block,
-            "schedule": self.schedule,
+            "schedule": asdict(self.schedule),
             "predicted": self.predicted,
         }
 
@@ -79,6 +87,7 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
     heads = list(chain.from_iterable(plan.assignment.values()))
     density = {} if grid is None else _densities(plan, TokenGrid(*grid))
     kinds = Counter(pattern.kind for pattern in heads)
+    rest = Counter(str(r) for layer in plan.assignment for r in plan.remainders_of(layer))
     return PlanSummary(
         digest=plan.digest,
         model={name: fingerprint.transformer for name, fingerprint in plan.model.items()},
@@ -87,19 +96,22 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
             for layer, patterns in plan.assignment.items()
         },
         patterns={kind: count / len(heads) for kind, count in kinds.most_common()},
-        density=_mean([density[pattern] for pattern in heads]) if density else None,
+        remainders={kind: count / len(heads) for kind, count in rest.most_common()},
+        density=_mean([density.get(pattern) for pattern in heads]),
+        cache_bytes=None if grid is None else plan.cache_bytes(TokenGrid(*grid)),
         grid=grid,
         block=plan.block,
-        schedule={
-            "dense_first": plan.schedule.dense_first,
-            "dense_last": plan.schedule.dense_last,
-        },
+        schedule=plan.schedule,
         predicted=plan.provenance.get("predicted", {}),
     )
 
 
 def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
-    distinct = set(chain.from_iterable(plan.assignment.values()))
+    distinct = {
+        pattern
+        for pattern in chain.from_iterable(plan.assignment.values())
+        if not isinstance(pattern, Scored)
+    }
     for pattern in distinct:
         reason = pattern.refusal(grid)
         if reason is not None:
@@ -114,8 +126,12 @@ def _head(pattern: Pattern, density: Density | None) -> HeadSummary:
     return HeadSummary(pattern.kind, str(pattern), None if density is None else density.block)
 
 
-def _mean(densities: list[Density]) -> dict[str, float]:
+def _mean(densities: list[Density | None]) -> dict[str, float] | None:
+    """The mean over heads, if it is known of all."""
+    known = [density for density in densities if density is not None]
+    if len(known) < len(densities):
+        return None
     return {
-        name: sum(getattr(density, name) for density in densities) / len(densities)
+        name: sum(getattr(density, name) for density in known) / len(known)
         for name in ("element", "block", "weighted")
     }

@@ -64,14 +64,20 @@ def plan_table(summary: "PlanSummary") -> Group:
     components = ", ".join(f"{name} ({kind})" for name, kind in summary.model.items())
     title = f"plan {summary.digest[:12]} for {components}"
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in summary.patterns.items())
-    schedule = summary.schedule
+    rest = ", ".join(f"{kind} {share:.0%}" for kind, share in summary.remainders.items())
     lines = [
         f"heads: {shares}",
-        f"schedule: the first {schedule['dense_first']} and the last {schedule['dense_last']} "
-        "denoising steps run dense",
+        f"pairs that are not computed: {rest}",
+        f"schedule: {summary.schedule}",
     ]
+    if summary.cache_bytes:
+        lines.append(f"caches: {summary.cache_bytes / 1e6:.1f} MB a guidance branch and video")
     if summary.density is None or summary.grid is None:
-        lines.append("density: unknown without a grid; give one: --grid 15x16x16")
+        lines.append(
+            "density: unknown without a grid; give one: --grid 15x16x16"
+            if summary.grid is None
+            else "density: known only while denoising, which is when its blocks are chosen"
+        )
     else:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in summary.density.items())
         grid = "x".join(map(str, summary.grid))

@@ -4,9 +4,8 @@
 sink of the first frame.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, cast, get_args, get_origin
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +14,11 @@ from dit_sparse.kernels.band import Band
 from dit_sparse.kernels.columns import Columns, Sink
 from dit_sparse.kernels.definition import Definition, Triple, shape
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.neighborhood import Flags, Neighborhood
+from dit_sparse.kernels.neighborhood import Neighborhood
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.radial import Radial
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.kernels.windows import Windows, everything
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Neighborhood",
     "Pattern",
     "Radial",
+    "Scored",
     "Sink",
     "Skip",
     "Triple",
@@ -121,91 +123,15 @@ class AnyOf(Definition):
         return " + ".join(map(str, self.patterns))
 
 
-Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf
+Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf | Scored
 PATTERNS: dict[str, type[Pattern]] = {pattern.kind: pattern for pattern in get_args(Pattern)}
 
 
 def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """`pattern` as JSON values: its kind and its fields."""
-    values = {field.name: getattr(pattern, field.name) for field in fields(pattern)}
-    return {"kind": pattern.kind} | {name: _to_json(value) for name, value in values.items()}
+    return to_dict(pattern)
 
 
 def pattern_from_dict(data: dict[str, Any]) -> Pattern:
     """The pattern that `pattern_to_dict` wrote; anything else is a `ValueError`."""
-    kind = data.get("kind")
-    if not isinstance(kind, str) or kind not in PATTERNS:
-        raise ValueError(
-            f"unknown pattern kind {kind!r}; this version knows {', '.join(PATTERNS)}: "
-            "a newer dit_sparse may have written the plan, so update it"
-        )
-    values = {name: value for name, value in data.items() if name != "kind"}
-    known = pattern_fields(kind)
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise ValueError(
-            f"pattern {kind!r} has no field {', '.join(unknown)}; it takes "
-            f"{', '.join(known) or 'none'}"
-        )
-    for name, value in values.items():
-        if not _fits(value, known[name]):
-            raise ValueError(
-                f"{name} of pattern {kind!r} must be {in_words(known[name])}, got {value!r}"
-            )
-    build = cast(Callable[..., Pattern], PATTERNS[kind])
-    try:
-        return build(**{name: _from_json(value) for name, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"pattern {kind!r} is incomplete: {error}") from error
-
-
-def pattern_fields(kind: str) -> dict[str, Any]:
-    """The fields of a kind of pattern and their types."""
-    return {field.name: field.type for field in fields(PATTERNS[kind])}
-
-
-def in_words(annotation: Any) -> str:
-    """What a field of that type takes."""
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(annotation)))
-    return _WORDS[annotation]
-
-
-_WORDS = {
-    int: "an integer",
-    float: "a number",
-    Triple: "three integers",
-    Flags: "three booleans",
-    tuple[int, ...]: "a list of integers",
-    tuple[Member, ...]: f"a list of patterns of kind {', '.join(MEMBERS)}",
-}
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value fits a field of that type."""
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return isinstance(value, str) and value in parts
-    if get_origin(annotation) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if annotation is float:
-        return type(value) in (int, float)
-    if annotation == Member:
-        # Looked at before it is built, so that what is nested deeply is refused and not followed.
-        return isinstance(value, dict) and value.get("kind") in MEMBERS
-    return type(value) is annotation
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
-    return pattern_to_dict(cast(Pattern, value)) if isinstance(value, Definition) else value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_from_json(item) for item in value)
-    return pattern_from_dict(value) if isinstance(value, dict) else value
+    return from_dict(data, "pattern", PATTERNS)

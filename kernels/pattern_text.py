@@ -5,7 +5,7 @@
     {"kind": "radial", "variant": "repo", "decay": 0.2}
 
 A kind and its fields; counts joined by `x`, yes and no as 1 and 0, patterns of which any will do
-joined by `+`; or the JSON of a plan.
+joined by `+`; or the JSON of a plan, which is the only form of a scored pattern.
 """
 
 import json
@@ -14,14 +14,8 @@ from typing import Any, get_origin
 
 from dit_sparse.kernels.definition import Triple
 from dit_sparse.kernels.neighborhood import Flags
-from dit_sparse.kernels.pattern import (
-    MEMBERS,
-    PATTERNS,
-    Pattern,
-    in_words,
-    pattern_fields,
-    pattern_from_dict,
-)
+from dit_sparse.kernels.pattern import MEMBERS, PATTERNS, Pattern, pattern_from_dict
+from dit_sparse.kernels.values import fields_of, in_words
 
 _EXAMPLES = {Triple: " as 3x5x5", Flags: " as 1x0x0", tuple[int, ...]: " as 0x3x4"}
 
@@ -47,18 +41,24 @@ def pattern_from_text(text: str) -> Pattern:
 
 def _one(text: str) -> dict[str, Any]:
     kind, _, rest = text.partition(":")
+    if kind == "scored":
+        raise ValueError(
+            f"{text!r} is a scored pattern, which is given as JSON: "
+            '{"kind": "scored", "score": {"kind": "mass"}, "select": {"kind": "tiers", '
+            '"density": 0.2}}'
+        )
     if kind not in PATTERNS or kind == "any_of":
-        plain = ", ".join(name for name in PATTERNS if name != "any_of")
+        plain = ", ".join(name for name in PATTERNS if name not in ("any_of", "scored"))
         raise ValueError(
             f"{text!r} names no pattern; write one of {plain}, its fields after a colon, and + "
             f"between {', '.join(MEMBERS)}: neighborhood:window=3x5x5,stride=1x2x2"
         )
     values: dict[str, Any] = {"kind": kind}
-    known = pattern_fields(kind)
+    known = fields_of(PATTERNS[kind])
     for item in rest.split(",") if rest else []:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals or name not in known:
-            takes = ", ".join(f"{field} ({in_words(known[field])})" for field in known)
+            takes = ", ".join(f"{field} ({in_words(known[field], field)})" for field in known)
             raise ValueError(
                 f"{item!r} is no field of pattern {kind!r}; it takes {takes or 'none'}, "
                 "each as name=value"
@@ -83,6 +83,6 @@ def _value(kind: str, name: str, text: str, annotation: Any) -> Any:
     elif get_origin(annotation) not in (tuple, None):
         return text  # a choice, which the pattern checks itself
     raise ValueError(
-        f"{name} of pattern {kind!r} must be {in_words(annotation)}"
+        f"{name} of pattern {kind!r} must be {in_words(annotation, name)}"
         f"{_EXAMPLES.get(annotation, '')}, got {text!r}"
     )

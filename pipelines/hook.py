@@ -5,53 +5,28 @@ schedule or a layer of full heads says so, sparse otherwise. Nothing else makes 
 that cannot follow the plan is an error.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
 
-from dit_sparse.kernels.attention import sparse_attention
-from dit_sparse.kernels.blocks import BlockIndices, Density, block_indices
+from dit_sparse.kernels.blocks import Density
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.order import TokenOrder
-from dit_sparse.kernels.pattern import Full, Pattern
 from dit_sparse.pipelines.binding import Binding, Site, bind, receiver_of
+from dit_sparse.pipelines.group_attention import GroupAttention, Operands, Place
+from dit_sparse.pipelines.heads import HeadGroup, head_groups
 from dit_sparse.pipelines.plan import Plan
-from dit_sparse.pipelines.report import AttentionReport, Record, mean_density
+from dit_sparse.pipelines.report import (
+    DENSE,
+    AttentionReport,
+    Call,
+    Record,
+    Stopwatch,
+    mean_density,
+)
 from dit_sparse.pipelines.seam import SeamCall
 from dit_sparse.pipelines.steps import Clock, Moment
-
-GRIDS_KEPT = 4  # resolutions whose block lists stay in memory
-
-
-@dataclass(frozen=True, slots=True)
-class HeadGroup:
-    """Heads of one layer that run in one call, because their patterns want one token order."""
-
-    heads: tuple[int, ...]
-    patterns: tuple[Pattern, ...]
-
-
-def head_groups(patterns: tuple[Pattern, ...]) -> tuple[HeadGroup, ...]:
-    """The heads of a layer by token order; full and skipped heads ride with the first group.
-
-    None for a layer whose heads are all full: it runs the model's own attention.
-    """
-    if all(pattern == Full() for pattern in patterns):
-        return ()
-    orders: dict[TokenOrder | None, list[int]] = {}
-    for head, pattern in enumerate(patterns):
-        if pattern.order is not None:
-            orders.setdefault(pattern.order, []).append(head)
-    riders = [head for head, pattern in enumerate(patterns) if pattern.order is None]
-    groups = list(orders.values()) or [[]]
-    groups[0] = sorted(groups[0] + riders)
-    return tuple(
-        HeadGroup(tuple(heads), tuple(patterns[head] for head in heads)) for heads in groups
-    )
 
 
 class SparseAttentionHook:
@@ -68,12 +43,17 @@ class SparseAttentionHook:
     def __init__(self, pipe: Any, plan: Plan, backend: str) -> None:
         self.plan = plan
         self.backend = backend
-        self._groups = {layer: head_groups(heads) for layer, heads in plan.assignment.items()}
-        distinct = {group.patterns for groups in self._groups.values() for group in groups}
-        self._blocks = lru_cache(maxsize=GRIDS_KEPT * len(distinct))(self._block_indices)
+        self._groups = {
+            layer: head_groups(heads, plan.remainders_of(layer))
+            for layer, heads in plan.assignment.items()
+        }
+        distinct = {group for groups in self._groups.values() for group in groups}
+        self._attention = GroupAttention(
+            distinct, plan.schedule, plan.block, backend, plan.cache_limit
+        )
         self.clock = Clock(pipe)
         self._generation = 0
-        self._record = Record()
+        self._record, self._stopwatch = Record(), Stopwatch()
         self._bindings: tuple[Binding, ...] = bind(pipe, self)
 
     def attend(self, site: Site, call: SeamCall) -> Tensor:
@@ -86,16 +66,26 @@ class SparseAttentionHook:
         grid = site.binding.family.token_grid(call.shape, tokens)
         moment = self.clock.now((batch, *grid.shape))
         if moment.generation != self._generation:
-            self._generation, self._record = moment.generation, Record()
+            self._generation = moment.generation
+            self._record, self._stopwatch = Record(), Stopwatch()
+            self._attention.begin()
         dense = self._dense_reason(site, moment)
-        with self._record.call(site.name, grid, dense, call.query.device):
-            if dense is not None:
-                return call.dense()
-            return self._sparse(site, groups, grid, call)
+        with self._stopwatch("calls", call.query.device):
+            if dense is None:
+                output, computed = self._sparse(site, groups, grid, call, moment)
+            else:
+                output, computed = call.dense(), Call(DENSE, 1.0, dense)
+        self._record.add(site.name, computed)
+        return output
 
     def report(self) -> AttentionReport:
         """What the last generation computed, call by call, or the running one so far."""
-        return self._record.report(self.plan.assignment, self._density)
+        return self._record.report(
+            self.plan.assignment,
+            self._stopwatch.seconds().get("calls", 0.0),
+            self._attention.stopwatch.seconds(),
+            self._attention.memory,
+        )
 
     def disable(self) -> None:
         """Take the plan off: the original processors are back. Twice is once."""
@@ -118,49 +108,47 @@ class SparseAttentionHook:
         if not self._groups[site.name]:
             return "all heads are full"
         schedule = self.plan.schedule
-        if schedule.always_sparse:
+        if schedule.always_sparse and not any(g.renewed for g in self._groups[site.name]):
             return None
         if moment.step is None or moment.steps is None:
             raise site.refusal(
-                "its schedule depends on the denoising step, which neither the pipeline nor the "
-                "scheduler tells; use a plan without dense steps"
+                "what it does depends on the denoising step, which neither the pipeline nor the "
+                "scheduler tells; use a plan without dense steps, scored patterns and caches"
             )
-        if schedule.dense(moment.step, moment.steps):
-            return f"dense steps: first {schedule.dense_first}, last {schedule.dense_last}"
-        return None
+        try:
+            dense = schedule.dense(moment.step, moment.steps, moment.sigma)
+        except ValueError as error:
+            raise site.refusal(str(error)) from error
+        return "dense steps of the schedule" if dense else None
 
     def _sparse(
-        self, site: Site, groups: tuple[HeadGroup, ...], grid: TokenGrid, call: SeamCall
-    ) -> Tensor:
+        self,
+        site: Site,
+        groups: tuple[HeadGroup, ...],
+        grid: TokenGrid,
+        call: SeamCall,
+        moment: Moment,
+    ) -> tuple[Tensor, Call]:
         output = call.query.new_empty(call.query.shape)
-        for group in groups:
+        densities: list[tuple[Density, int]] = []
+        flops, dense = 0.0, True
+        for number, group in enumerate(groups):
+            heads = slice(None) if len(groups) == 1 else list(group.heads)
+            operands = Operands(
+                call.query[:, :, heads], call.key[:, :, heads], call.value[:, :, heads], call.scale
+            )
+            place = Place(moment.branch, site.name, number, moment.step or 0)
             try:
-                blocks = self._blocks(group.patterns, grid)
+                computed = self._attention(group, place, operands, grid)
             except ValueError as error:
                 raise site.refusal(str(error)) from error
-            heads = slice(None) if len(groups) == 1 else list(group.heads)
-            output[:, :, heads], _ = sparse_attention(
-                call.query[:, :, heads],
-                call.key[:, :, heads],
-                call.value[:, :, heads],
-                blocks,
-                scale=call.scale,
-                backend=self.backend,
-            )
-        return output
-
-    def _block_indices(self, patterns: tuple[Pattern, ...], grid: TokenGrid) -> BlockIndices:
-        return block_indices(patterns, grid, block_q=self.plan.block, block_k=self.plan.block)
-
-    def _density(self, layer: str, grid: TokenGrid) -> Density:
-        density = mean_density(
-            [
-                (self._blocks(group.patterns, grid).density(), len(group.heads))
-                for group in self._groups[layer]
-            ]
-        )
+            output[:, :, heads] = computed.output
+            densities.append((computed.density, len(group.heads)))
+            flops += computed.flops * len(group.heads) / call.query.shape[2]
+            dense = dense and computed.dense
+        density = mean_density(densities)
         assert density is not None
-        return density
+        return output, Call(density, flops, "renewal" if dense else None)
 
 
 def enable_sparse_attention(

@@ -1,4 +1,4 @@
-"""Plan: which pattern every head of every layer runs, at which denoising steps, for which model.
+"""Plan: Pattern x Remainder x Schedule for every layer and head of one model.
 
 A plan is a folder: `plan.json`, which a person can read and compare, and `evidence.safetensors`,
 the tables of the search, if there was one. A digest over both tells a plan from an edited one.
@@ -9,46 +9,22 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
+from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
 from dit_sparse.pipelines.plan_file import ModelEntry, PlanFile, ScheduleEntry
+from dit_sparse.pipelines.schedule import Schedule
 
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """At which denoising steps the layers of a plan run dense.
-
-    Args:
-        dense_first (`int`, defaults to 0): leading denoising steps that run dense.
-        dense_last (`int`, defaults to 0): trailing denoising steps that run dense.
-    """
-
-    dense_first: int = 0
-    dense_last: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("dense_first", "dense_last"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(
-                    f"{name}: expected a number of denoising steps >= 0, came {value!r}"
-                )
-
-    @property
-    def always_sparse(self) -> bool:
-        """Whether the schedule is the same at every step, so that no step need be known."""
-        return self.dense_first == self.dense_last == 0
-
-    def dense(self, step: int, steps: int) -> bool:
-        """Whether denoising step `step` (from 0) of `steps` runs dense."""
-        return step < self.dense_first or step >= steps - self.dense_last
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +38,11 @@ class Plan:
             the pipeline's component (`"transformer"`, `"transformer_2"`).
         assignment (`dict[str, tuple[Pattern, ...]]`): one pattern per head for each
             self-attention module, by component and path: `"transformer.blocks.0.attn1"`.
-        schedule (`Schedule`): the steps that run dense.
+        schedule (`Schedule`): the steps that run dense, and those that renew what was found.
+        remainders (`dict[str, tuple[Remainder, ...]]`): what becomes of the pairs that a head does
+            not compute, one for each head of the layers named; the others drop them.
+        cache_limit (`int`, *optional*): bytes that the caches of remainders may hold together;
+            beyond it the heads that lose least go without.
         grid (`tuple[int, int, int]`, *optional*): the (frames, height, width) in tokens of the
             search. Analytic patterns run at any other grid, listed columns refuse.
         block (`int`, defaults to 64): tokens of a query block and of a key block.
@@ -83,6 +63,8 @@ class Plan:
     model: dict[str, ModelFingerprint]
     assignment: dict[str, tuple[Pattern, ...]]
     schedule: Schedule = Schedule()
+    remainders: dict[str, tuple[Remainder, ...]] = field(default_factory=dict)
+    cache_limit: int | None = None
     grid: Shape | None = None
     block: int = 64
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +73,8 @@ class Plan:
     def __post_init__(self) -> None:
         if type(self.block) is not int or self.block < 1:
             raise ValueError(f"block: expected a number of tokens >= 1, came {self.block!r}")
+        if self.cache_limit is not None and not self.cache_limit >= 0:
+            raise ValueError(f"cache_limit: expected bytes >= 0, came {self.cache_limit!r}")
         layers = dict.fromkeys(self.model, 0)
         for path, patterns in self.assignment.items():
             component = path.partition(".")[0]
@@ -105,6 +89,13 @@ class Plan:
                 raise ValueError(
                     f"layer {path}: expected one pattern for each of {heads} heads, "
                     f"came {len(patterns)}"
+                )
+        for path, remainders in self.remainders.items():
+            heads = len(self.assignment.get(path, ()))
+            if len(remainders) != heads:
+                raise ValueError(
+                    f"layer {path}: expected one remainder for each of {heads} heads of the "
+                    f"assignment, came {len(remainders)}"
                 )
         for component, count in layers.items():
             if count != self.model[component].layers:
@@ -124,16 +115,42 @@ class Plan:
         pipe: Any,
         pattern: Pattern,
         schedule: Schedule = Schedule(),
+        remainder: Remainder = Drop(),
         *,
+        cache_limit: int | None = None,
         grid: Shape | None = None,
         block: int = 64,
     ) -> Self:
-        """The plan that runs the same pattern on every head of every layer of `pipe`."""
+        """The plan that treats every head of every layer of `pipe` alike."""
         model = fingerprints(pipe)
         assignment = {
             path: (pattern,) * model[path.partition(".")[0]].heads for path in layer_paths(pipe)
         }
-        return cls(model, assignment, schedule, grid, block, {"uniform": str(pattern)})
+        remainders = {}
+        if remainder != Drop():
+            remainders = {path: (remainder,) * len(heads) for path, heads in assignment.items()}
+        return cls(
+            model=model,
+            assignment=assignment,
+            schedule=schedule,
+            remainders=remainders,
+            cache_limit=cache_limit,
+            grid=grid,
+            block=block,
+            provenance={"uniform": str(pattern)},
+        )
+
+    def remainders_of(self, layer: str) -> tuple[Remainder, ...]:
+        """The remainder of every head of a layer."""
+        return self.remainders.get(layer, (Drop(),) * len(self.assignment[layer]))
+
+    def cache_bytes(self, grid: TokenGrid, batch: int = 1) -> int:
+        """Memory of the caches of one guidance branch on a grid, at most the limit."""
+        total = 0
+        for layer, remainders in self.remainders.items():
+            head_dim = self.model[layer.partition(".")[0]].head_dim
+            total += sum(cache_bytes(r, batch, grid.tokens, 1, head_dim) for r in remainders)
+        return total if self.cache_limit is None else min(total, self.cache_limit)
 
     def check(self, pipe: Any) -> None:
         """Raise `ValueError` unless the plan was made for the transformers of `pipe`."""
@@ -180,6 +197,7 @@ class Plan:
         file, evidence = plan_file.read(folder)
         try:
             patterns = [pattern_from_dict(entry) for entry in file.patterns]
+            remainders = [from_dict(entry, "remainder", REMAINDERS) for entry in file.remainders]
             return cls(
                 model={
                     component: ModelFingerprint(**entry.model_dump())
@@ -190,6 +208,11 @@ class Plan:
                     for path, indices in file.assignment.items()
                 },
                 schedule=Schedule(**file.schedule.model_dump()),
+                remainders={
+                    path: tuple(remainders[index] for index in indices)
+                    for path, indices in file.treatment.items()
+                },
+                cache_limit=file.cache_limit,
                 grid=file.grid,
                 block=file.block,
                 provenance=file.provenance,
@@ -197,8 +220,8 @@ class Plan:
             )
         except IndexError as error:
             raise ValueError(
-                f"{folder}: a layer names a pattern beyond the table of {len(file.patterns)}; "
-                "copy the plan again"
+                f"{folder}: a layer names a pattern beyond the table of {len(file.patterns)}, or "
+                f"a remainder beyond that of {len(file.remainders)}; copy the plan again"
             ) from error
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
@@ -212,12 +235,8 @@ class Plan:
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
 
     def _file(self) -> PlanFile:
-        table = {
-            pattern: index
-            for index, pattern in enumerate(
-                dict.fromkeys(chain.from_iterable(self.assignment.values()))
-            )
-        }
+        patterns = _table(self.assignment)
+        remainders = _table(self.remainders)
         return PlanFile(
             model={
                 component: ModelEntry(**asdict(fingerprint))
@@ -226,14 +245,26 @@ class Plan:
             schedule=ScheduleEntry(**asdict(self.schedule)),
             grid=self.grid,
             block=self.block,
-            patterns=[pattern_to_dict(pattern) for pattern in table],
-            assignment={
-                path: [table[pattern] for pattern in patterns]
-                for path, patterns in self.assignment.items()
-            },
+            patterns=[pattern_to_dict(pattern) for pattern in patterns],
+            assignment=_indices(self.assignment, patterns),
+            remainders=[to_dict(remainder) for remainder in remainders],
+            treatment=_indices(self.remainders, remainders),
+            cache_limit=self.cache_limit,
             provenance=self.provenance,
             evidence=sorted(self.evidence),
         )
+
+
+def _table(layers: dict[str, tuple[Value, ...]]) -> dict[Value, int]:
+    """Every value of the layers once, with its place among them."""
+    distinct = dict.fromkeys(chain.from_iterable(layers.values()))
+    return {value: index for index, value in enumerate(distinct)}
+
+
+def _indices(
+    layers: dict[str, tuple[Value, ...]], table: dict[Value, int]
+) -> dict[str, list[int]]:
+    return {path: [table[value] for value in values] for path, values in layers.items()}
 
 
 def layer_paths(pipe: Any) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
     format, version   "dit_sparse.plan", 1
     model             {component: {transformer, layers, heads, head_dim, config}}
-    schedule          {dense_first, dense_last}
+    schedule          {dense_first, dense_last, sigma_above, renew_every, renew_at, recall,
+                       share_branches}
     grid              [frames, height, width] of the search, or null
     block             tokens of a query block and of a key block
     patterns          [{kind, ...}, ...]      every pattern of the plan once
     assignment        {layer: [index into patterns for each head]}
+    remainders        [{kind, ...}, ...]      every remainder of the plan once
+    treatment         {layer: [index into remainders for each head]}; others drop what they skip
+    cache_limit       bytes that caches may hold together, or null
     provenance        how the plan came about
     evidence          names of the arrays in evidence.safetensors
     digest            sha256 over all of the above, in canonical form, and the arrays
@@ -22,7 +26,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,10 +58,15 @@ class ModelEntry(_Strict):
 
 
 class ScheduleEntry(_Strict):
-    """The steps that run dense."""
+    """The steps that run dense, and those that renew."""
 
     dense_first: NonNegativeInt
     dense_last: NonNegativeInt
+    sigma_above: PositiveFloat | None
+    renew_every: NonNegativeInt
+    renew_at: tuple[NonNegativeInt, ...]
+    recall: float | None
+    share_branches: bool
 
 
 class PlanFile(_Strict):
@@ -64,6 +80,9 @@ class PlanFile(_Strict):
     block: PositiveInt
     patterns: list[dict[str, Any]]
     assignment: dict[str, list[NonNegativeInt]]
+    remainders: list[dict[str, Any]]
+    treatment: dict[str, list[NonNegativeInt]]
+    cache_limit: NonNegativeInt | None
     provenance: dict[str, Any]
     evidence: list[str]
 

@@ -5,15 +5,15 @@ twice, over all calls, dense ones as 1, and over the sparse calls alone, as pape
 """
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
 import torch
 
 from dit_sparse.kernels.blocks import Density
-from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.pipelines.memory import Memory
 
 DENSE = Density(element=1.0, block=1.0, weighted=1.0)
 
@@ -37,7 +37,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class AttentionReport:
-    """The planned self-attention calls of one generation, both guidance branches together.
+    """The planned self-attention calls of one generation, all guidance branches together.
 
     Args:
         layers (`tuple[LayerReport, ...]`): in the order of the plan, also those never called.
@@ -45,13 +45,23 @@ class AttentionReport:
             the first call.
         density_sparse (`Density`, *optional*): averaged over the sparse calls; `None` if there
             were none.
+        flops (`float`, *optional*): of all calls, with what searches and caches took, in those of
+            the same calls run dense; `None` before the first call.
+        cache_bytes (`int`): most memory that caches held at once.
+        dropped_caches (`int`): caches that did not fit the plan's limit.
         seconds (`float`): spent in these calls, on an accelerator by its own clock.
+        stages (`dict[str, float]`): of these seconds those of `attention`, `search` and
+            `remainder` in sparse calls and renewals.
     """
 
     layers: tuple[LayerReport, ...]
     density: Density | None
     density_sparse: Density | None
+    flops: float | None
+    cache_bytes: int
+    dropped_caches: int
     seconds: float
+    stages: dict[str, float]
 
     @property
     def sparse_calls(self) -> int:
@@ -74,63 +84,93 @@ class AttentionReport:
                     f"density of {label} calls: element {density.element:.3f}, "
                     f"block {density.block:.3f}, weighted {density.weighted:.3f}"
                 )
+        if self.flops is not None:
+            lines.append(f"attention FLOPs: {self.flops:.3f} of dense")
+        if self.cache_bytes:
+            dropped = f", {self.dropped_caches} did not fit" if self.dropped_caches else ""
+            lines.append(f"caches: {self.cache_bytes / 1e6:.1f} MB at most{dropped}")
         silent = [layer.layer for layer in self.layers if not layer.sparse_calls]
         lines += [f"never sparse: {', '.join(silent)}"] if silent else []
         return "\n".join(lines)
+
+
+class Stopwatch:
+    """Seconds by label, on an accelerator by its own clock."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.Event, torch.Event]] = []
+
+    @contextmanager
+    def __call__(self, label: str, device: torch.device) -> Iterator[None]:
+        """Measure what runs inside, unless it fails."""
+        if device.type == "cpu":
+            start = time.perf_counter()
+            yield
+            spent = time.perf_counter() - start
+            self._seconds[label] = self._seconds.get(label, 0.0) + spent
+        else:
+            begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((label, begin, end))
+
+    def seconds(self) -> dict[str, float]:
+        """What was measured so far."""
+        total = dict(self._seconds)
+        for label, begin, end in self._events:
+            end.synchronize()
+            total[label] = total.get(label, 0.0) + begin.elapsed_time(end) / 1000
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one attention call computed: `density` and `flops` in those of dense attention, and
+    the reason if all of it is dense."""
+
+    density: Density
+    flops: float
+    dense: str | None = None
 
 
 class Record:
     """The calls of the running generation, as they happen."""
 
     def __init__(self) -> None:
-        self._calls: Counter[tuple[str, TokenGrid, str | None]] = Counter()
-        self._seconds = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._calls: Counter[tuple[str, Call]] = Counter()
 
-    @contextmanager
-    def call(
-        self, layer: str, grid: TokenGrid, dense: str | None, device: torch.device
-    ) -> Iterator[None]:
-        """Count and time one call; `dense` is the reason for running it dense."""
-        if device.type == "cpu":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-        else:
-            begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-        self._calls[layer, grid, dense] += 1
+    def add(self, layer: str, call: Call) -> None:
+        """Count a call of a layer."""
+        self._calls[layer, call] += 1
 
     def report(
-        self, layers: Iterable[str], density: Callable[[str, TokenGrid], Density]
+        self, layers: Iterable[str], seconds: float, stages: dict[str, float], memory: Memory
     ) -> AttentionReport:
-        """Sum up; `density` gives that of a layer's patterns on a grid."""
-        sparse: dict[str, list[tuple[Density, int]]] = defaultdict(list)
-        dense: dict[str, dict[str, int]] = defaultdict(dict)
-        for (layer, grid, reason), calls in self._calls.items():
-            if reason is None:
-                sparse[layer].append((density(layer, grid), calls))
-            else:
-                dense[layer][reason] = dense[layer].get(reason, 0) + calls
-        every_sparse = [weighted for entries in sparse.values() for weighted in entries]
-        every_dense = [(DENSE, calls) for reasons in dense.values() for calls in reasons.values()]
+        """Sum up."""
+        every = [(call, times) for (_, call), times in self._calls.items()]
+        sparse = [(call.density, times) for call, times in every if call.dense is None]
+        total = sum(times for _, times in every)
         return AttentionReport(
-            layers=tuple(
-                LayerReport(
-                    layer,
-                    sum(calls for _, calls in sparse[layer]),
-                    dict(dense[layer]),
-                    mean_density(sparse[layer]),
-                )
-                for layer in layers
-            ),
-            density=mean_density(every_sparse + every_dense),
-            density_sparse=mean_density(every_sparse),
-            seconds=self._seconds + sum(map(_elapsed, self._events)),
+            layers=tuple(self._layer(layer) for layer in layers),
+            density=mean_density([(call.density, times) for call, times in every]),
+            density_sparse=mean_density(sparse),
+            flops=sum(call.flops * times for call, times in every) / total if total else None,
+            cache_bytes=memory.peak,
+            dropped_caches=memory.dropped,
+            seconds=seconds,
+            stages=stages,
         )
+
+    def _layer(self, layer: str) -> LayerReport:
+        own = [(call, times) for (name, call), times in self._calls.items() if name == layer]
+        dense: Counter[str] = Counter()
+        for call, times in own:
+            if call.dense is not None:
+                dense[call.dense] += times
+        sparse = [(call.density, times) for call, times in own if call.dense is None]
+        return LayerReport(layer, sum(t for _, t in sparse), dict(dense), mean_density(sparse))
 
 
 def mean_density(weighted: list[tuple[Density, int]]) -> Density | None:
@@ -140,9 +180,3 @@ def mean_density(weighted: list[tuple[Density, int]]) -> Density | None:
         return None
     sums = zip(*(tuple(d * w for d in astuple(density)) for density, w in weighted), strict=True)
     return Density(*(sum(column) / total for column in sums))
-
-
-def _elapsed(events: tuple[torch.Event, torch.Event]) -> float:
-    begin, end = events
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000

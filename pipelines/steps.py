@@ -27,12 +27,14 @@ class Moment:
         branch (`str`): the guidance branch.
         step (`int`, *optional*): the denoising step, from 0; `None` if nothing tells it.
         steps (`int`, *optional*): how many steps the generation has; `None` if nothing tells it.
+        sigma (`float`, *optional*): the noise level of the step, where the scheduler has `sigmas`.
     """
 
     generation: int
     branch: str
     step: int | None
     steps: int | None
+    sigma: float | None = None
 
 
 class _NoPipe:
@@ -79,7 +81,7 @@ class Clock:
         if self._generation == 0 or self._restarted(branch, step, shape):
             self._begin()
         self._seen[branch] = (step, shape)
-        return Moment(self._generation, branch, step, self._steps())
+        return Moment(self._generation, branch, step, self._steps(), self._sigma(step))
 
     def _begin(self) -> None:
         self._generation += 1
@@ -124,3 +126,9 @@ class Clock:
         if stated is None and self._timesteps is not None:
             stated = len(self._timesteps)
         return stated if stated is None else int(stated)
+
+    def _sigma(self, step: int | None) -> float | None:
+        sigmas = getattr(self._scheduler(), "sigmas", None)
+        if step is None or sigmas is None or not 0 <= step < len(sigmas):
+            return None
+        return float(sigmas[step])

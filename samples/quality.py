@@ -18,7 +18,8 @@ import torch
 
 from dit_sparse.comparison import Comparison, PlanResult, compare, write_comparison
 from dit_sparse.kernels.pattern import Full, Pattern
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.prompts import read_prompts
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan

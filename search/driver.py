@@ -21,7 +21,8 @@ import torch
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Columns, Full
 from dit_sparse.pipelines.capture import Observer, observe_attention
-from dit_sparse.pipelines.plan import Plan, Schedule, layer_paths
+from dit_sparse.pipelines.plan import Plan, layer_paths
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.columns import column_counts, columns, columns_cost
 from dit_sparse.search.error import Metric
@@ -44,7 +45,7 @@ def search_plan(
     width: int | None = None,
     frames: int | None = None,
     guidance: float | None = None,
-    schedule: Schedule = Schedule(),  # noqa: B008  a frozen value
+    schedule: Schedule = Schedule(),
     block: int = 64,
     observe_steps: int = 3,
     rows: int = 128,

@@ -6,7 +6,8 @@ import torch
 
 from dit_sparse.kernels.pattern import Neighborhood, Pattern
 from dit_sparse.pipelines.family import transformers_of
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 
 NEAR = Neighborhood((1, 3, 3))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 from tests import tiny
 
 GENERATION = {"height": 64, "width": 64, "frames": 9, "steps": 3, "guidance": 4.0}

@@ -9,7 +9,8 @@ from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Pattern, Skip
 from dit_sparse.pipelines.fingerprint import ModelFingerprint
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 
 GRID = (3, 6, 8)
 HEADS: tuple[Pattern, ...] = (Full(), Skip(), Band(20), Neighborhood((1, 3, 3)), Full())
@@ -17,7 +18,7 @@ PLAN = Plan(
     {"transformer": ModelFingerprint("WanTransformer3DModel", 1, 5, 12, "0" * 64)},
     {"transformer.blocks.0.attn1": HEADS},
     Schedule(2, 1),
-    GRID,
+    grid=GRID,
     block=16,
 )
 

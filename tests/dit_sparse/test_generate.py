@@ -11,7 +11,8 @@ import torch
 from dit_sparse.generate import check, generate, sample
 from dit_sparse.kernels.pattern import Band
 from dit_sparse.pipelines.load import load_pipeline
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.prompts import Prompt
 from dit_sparse.runs import claimed, read_frames, read_run
 from dit_sparse.settings import Settings

@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 """PlanSummary and its picture: densities head by head, at one grid or another."""
 
 from dataclasses import replace
@@ -9,7 +11,8 @@ from PIL import Image
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
 from dit_sparse.pipelines.fingerprint import ModelFingerprint
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.plan_summary import plan_summary
 from dit_sparse.plots import plot_plan
 
@@ -24,7 +27,7 @@ PLAN = Plan(
     {"transformer": ModelFingerprint("WanTransformer3DModel", 3, 2, 12, "0" * 64)},
     HEADS,
     Schedule(2, 1),
-    GRID,
+    grid=GRID,
     block=8,
     provenance={"predicted": {"error": 0.25}},
 )
@@ -52,7 +55,7 @@ def test_dictionary_has_the_names_of_the_contract() -> None:
     content = plan_summary(PLAN).to_dict()
     assert {"model", "heads", "patterns", "density", "predicted"} <= set(content)
     assert content["predicted"] == {"error": 0.25}
-    assert content["schedule"] == {"dense_first": 2, "dense_last": 1}
+    assert content["schedule"] == asdict(Schedule(2, 1))
 
 
 def test_another_grid_gives_other_densities() -> None:

@@ -289,8 +289,8 @@ def test_PS_blocks_that_patterns_do_not_touch_are_pooled(
     skip_refused(backend, "pooled")
     grid = TokenGrid(3, 5, 7, text_after=9, valid_text=valid_text)
     patterns = [Neighborhood((2, 3, 3)), Full(), Skip(), Band(11)]
-    blocks = block_indices(patterns, grid, None, 16, 8, pooled=2)
-    plain = block_indices(patterns, grid, None, 16, 8)
+    blocks = block_indices(patterns, grid, raster(), 16, 8, pooled=2)
+    plain = block_indices(patterns, grid, raster(), 16, 8)
     absent = torch.ones(4, blocks.query_blocks, blocks.key_blocks, dtype=torch.bool)
     for head, row in itertools.product(range(4), range(blocks.query_blocks)):
         listed = dict(plain.entries(head, row))

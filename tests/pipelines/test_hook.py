@@ -18,13 +18,14 @@ from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.remainder import Complement, Drop
+from dit_sparse.kernels.score import Sampled
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.select import TopRow
 from dit_sparse.pipelines.family import transformers_of
 from dit_sparse.pipelines.fingerprint import fingerprints
-from dit_sparse.pipelines.hook import (
-    disable_sparse_attention,
-    enable_sparse_attention,
-    head_groups,
-)
+from dit_sparse.pipelines.heads import HeadGroup, head_groups
+from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from tests import tiny
 from tests.hooked import NEAR, processors, uniform, wan_inputs
@@ -188,11 +189,27 @@ def test_G6_heads_of_different_orders_match_masked_attention(
 
 
 def test_heads_are_grouped_by_order_and_full_heads_ride_along() -> None:
-    assert head_groups((Full(), Full())) == ()
-    groups = head_groups((Full(), NEAR, Band(2), Skip(), NEAR))
+    def grouped(*patterns: Pattern) -> tuple[HeadGroup, ...]:
+        return head_groups(patterns, (Drop(),) * len(patterns))
+
+    assert grouped(Full(), Full()) == ()
+    groups = grouped(Full(), NEAR, Band(2), Skip(), NEAR)
     assert [group.heads for group in groups] == [(0, 1, 3, 4), (2,)]
     assert groups[0].patterns == (Full(), NEAR, Skip(), NEAR)
-    assert [group.heads for group in head_groups((Skip(), Full()))] == [(0, 1)]
+    assert [group.heads for group in grouped(Skip(), Full())] == [(0, 1)]
+
+
+def test_heads_of_different_remainders_and_scored_patterns_run_apart() -> None:
+    scored = Scored(Sampled(), TopRow(0.5))
+    patterns = (NEAR, scored, Skip(), NEAR, scored, Full(), Skip())
+    remainders = (Drop(), Drop(), Complement(), Complement(), Drop(), Complement(), Drop())
+    groups = head_groups(patterns, remainders)
+    assert [(group.heads, group.remainder) for group in groups] == [
+        ((0, 5, 6), Drop()),
+        ((1, 4), Drop()),
+        ((2, 3), Complement()),
+    ]
+    assert [group.scored for group in groups] == [None, scored, None]
 
 
 # State -----------------------------------------------------------------------------------------
@@ -240,16 +257,17 @@ def test_G10_an_exception_in_the_middle_leaves_a_clean_state() -> None:
 
 
 def fail_inside_attention(pipe: Any, hook: Any) -> None:
-    original = hook._blocks
+    attention = hook._attention
+    original = attention._listed
 
     def fail(*_: object) -> None:
         raise ValueError("refuses this grid")
 
-    hook._blocks = fail
+    attention._listed = fail
     try:
         tiny.generate(pipe)
     finally:
-        hook._blocks = original
+        attention._listed = original
 
 
 def disable_refused(pipe: Any) -> None:
@@ -286,7 +304,7 @@ def test_a_schedule_counts_the_steps_of_both_branches() -> None:
         tiny.generate(pipe, num_inference_steps=6)
     report = hook.report()
     assert report.sparse_calls == 3 * 2 * 2
-    assert report.dense_calls == {"dense steps: first 2, last 1": 3 * 2 * 2}
+    assert report.dense_calls == {"dense steps of the schedule": 3 * 2 * 2}
     assert report.density is not None
     assert report.density_sparse is not None
     assert report.density.element == pytest.approx((1 + report.density_sparse.element) / 2)
@@ -349,7 +367,7 @@ def test_an_unknown_step_is_an_error_only_where_the_schedule_needs_it() -> None:
         assert hook.report().sparse_calls == 2
     with (
         enable_sparse_attention(transformer, uniform(transformer, NEAR, 1)),
-        pytest.raises(ValueError, match="schedule depends on the denoising step"),
+        pytest.raises(ValueError, match="what it does depends on the denoising step"),
     ):
         transformer(**inputs)
     pipe = tiny.Denoiser(transformer, steps=4)

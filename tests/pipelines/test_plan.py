@@ -11,7 +11,8 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
-from dit_sparse.pipelines.plan import Plan, Schedule, layer_paths
+from dit_sparse.pipelines.plan import Plan, layer_paths
+from dit_sparse.pipelines.schedule import Schedule
 from tests import tiny
 
 GRID = TokenGrid(3, 4, 4)
@@ -31,10 +32,10 @@ def plan() -> Plan:
         MODEL,
         {"transformer.blocks.0.attn1": PATTERNS, "transformer.blocks.1.attn1": PATTERNS[::-1]},
         Schedule(2, 1),
-        GRID.shape,
-        16,
-        {"prompts": ["a cat"], "error": 0.125},
-        {"error": torch.rand(2, 5), "cost": torch.rand(5, dtype=torch.bfloat16)},
+        grid=GRID.shape,
+        block=16,
+        provenance={"prompts": ["a cat"], "error": 0.125},
+        evidence={"error": torch.rand(2, 5), "cost": torch.rand(5, dtype=torch.bfloat16)},
     )
 
 
@@ -227,22 +228,6 @@ def test_a_uniform_plan_covers_every_layer_and_head() -> None:
     assert len(plan.assignment) == 6
     assert set(plan.assignment.values()) == {(Band(5), Band(5))}
     assert (plan.schedule, plan.grid, plan.block) == (Schedule(1, 0), (3, 4, 4), 16)
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "dense"),
-    [(0, 0, []), (2, 0, [0, 1]), (0, 1, [4]), (1, 2, [0, 3, 4]), (9, 0, [0, 1, 2, 3, 4])],
-)
-def test_schedule_counts_denoising_steps(first: int, last: int, dense: list[int]) -> None:
-    schedule = Schedule(first, last)
-    assert [step for step in range(5) if schedule.dense(step, 5)] == dense
-    assert schedule.always_sparse == (not dense)
-
-
-@pytest.mark.parametrize("value", [-1, 0.5, True, "3"])
-def test_schedule_refuses_what_is_no_count(value: Any) -> None:
-    with pytest.raises(ValueError, match="dense_last: expected a number of denoising steps"):
-        Schedule(dense_last=value)
 
 
 def test_provenance_must_be_json(plan: Plan) -> None:

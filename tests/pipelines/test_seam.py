@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_sparse.kernels.pattern import Neighborhood
 from dit_sparse.pipelines.hook import enable_sparse_attention
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.pipelines.seam import original_of, rebind, rebindable, restore
 from tests import tiny
 

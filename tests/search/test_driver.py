@@ -12,7 +12,8 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
 from dit_sparse.pipelines.capture import observe_attention
 from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
-from dit_sparse.pipelines.plan import Plan, Schedule
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search import driver
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import observed_steps, resolve, search_plan

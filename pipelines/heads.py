@@ -1,0 +1,80 @@
+"""HeadGroup: heads of one layer that run in one call."""
+
+from dataclasses import dataclass
+
+from dit_sparse.kernels.order import TokenOrder
+from dit_sparse.kernels.pattern import Full, Pattern
+from dit_sparse.kernels.remainder import Cached, Drop, Pooled, Remainder
+from dit_sparse.kernels.scored import Scored
+
+
+@dataclass(frozen=True, slots=True)
+class HeadGroup:
+    """Heads whose patterns want one token order and that have one remainder.
+
+    Scored patterns form groups of their own, one for each.
+    """
+
+    heads: tuple[int, ...]
+    patterns: tuple[Pattern, ...]
+    remainder: Remainder = Drop()
+
+    @property
+    def scored(self) -> Scored | None:
+        """The scored pattern of all heads, if they have one."""
+        first = self.patterns[0]
+        return first if isinstance(first, Scored) else None
+
+    @property
+    def cached(self) -> Cached:
+        """The remainder of all heads, which must be one that keeps a cache."""
+        assert isinstance(self.remainder, Cached)
+        return self.remainder
+
+    @property
+    def pooled(self) -> int:
+        """r for blocks that are not listed pooled by `2^r`, 0 for none."""
+        return self.remainder.level if isinstance(self.remainder, Pooled) else 0
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether the score is taken from the LSE of dense attention."""
+        return self.scored is not None and self.scored.score.needs_lse
+
+    @property
+    def renewed(self) -> bool:
+        """Whether anything is kept from step to step."""
+        return self.scored is not None or self.remainder.cached
+
+    def search_cost(self, block: int) -> float:
+        """What finding the blocks takes, in dense attention."""
+        return 0.0 if self.scored is None else self.scored.score.cost(block)
+
+
+def head_groups(
+    patterns: tuple[Pattern, ...], remainders: tuple[Remainder, ...]
+) -> tuple[HeadGroup, ...]:
+    """The heads of a layer by what they can share a call with; heads that want no order ride with
+    the first group of their remainder.
+
+    None for a layer whose heads are all full: it runs the model's own attention.
+    """
+    if all(pattern == Full() for pattern in patterns):
+        return ()
+    groups: dict[tuple[Remainder, Scored | TokenOrder | None], list[int]] = {}
+    riders: dict[Remainder, list[int]] = {}
+    for head, (pattern, remainder) in enumerate(zip(patterns, remainders, strict=True)):
+        if isinstance(pattern, Scored):
+            groups.setdefault((remainder, pattern), []).append(head)
+        elif pattern.order is not None:
+            groups.setdefault((remainder, pattern.order), []).append(head)
+        else:
+            own = Drop() if pattern == Full() else remainder
+            riders.setdefault(own, []).append(head)
+    for remainder, heads in riders.items():
+        hosts = (key for key in groups if key[0] == remainder and not isinstance(key[1], Scored))
+        groups.setdefault(next(hosts, (remainder, None)), []).extend(heads)
+    return tuple(
+        HeadGroup(tuple(sorted(heads)), tuple(patterns[head] for head in sorted(heads)), remainder)
+        for (remainder, _), heads in groups.items()
+    )

@@ -1,0 +1,145 @@
+"""Presets: the settings that papers publish, as values.
+
+A preset is what a paper ran, on the token grid and number of steps that it ran on; `Plan.preset`
+makes an ordinary plan of it for a model, its grid and number of steps. Windows and bands keep the
+share of every axis that they had, steps their share of the generation.
+"""
+
+from dataclasses import dataclass, replace
+
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import AnyOf, Band, Neighborhood, Pattern, Radial, Sink
+from dit_sparse.kernels.remainder import Drop, Pooled, Remainder, Rescale
+from dit_sparse.kernels.scaling import at_density, at_grid
+from dit_sparse.kernels.score import Mass, Means, Sampled
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Tiers, TopRow
+from dit_sparse.pipelines.schedule import Schedule
+
+COGVIDEOX = TokenGrid(13, 30, 45, text_before=226)
+HUNYUAN = TokenGrid(30, 48, 80, text_after=256)
+WAN = TokenGrid(21, 45, 80)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published setting.
+
+    Args:
+        source: the paper, and where in it.
+        grid: the token grid of the publication.
+        steps: the denoising steps of the publication.
+        pattern: of all heads.
+        schedule: for `steps` steps.
+        remainder: of all heads.
+        dense_layers: leading self-attention layers that run dense.
+        block: tokens of a block of queries and of keys.
+    """
+
+    source: str
+    grid: TokenGrid
+    steps: int
+    pattern: Pattern
+    schedule: Schedule
+    remainder: Remainder = Drop()
+    dense_layers: int = 0
+    block: int = 128
+
+    def fitted(self, grid: TokenGrid, steps: int, density: float | None) -> "Preset":
+        """The same for another grid and number of steps, and at a block density if given."""
+        pattern = at_grid(self.pattern, self.grid, grid)
+        if density is not None:
+            pattern = at_density(pattern, density, grid, self.block)
+        share = steps / self.steps
+        schedule = replace(
+            self.schedule,
+            dense_first=round(self.schedule.dense_first * share),
+            dense_last=round(self.schedule.dense_last * share),
+            renew_every=_at_least_one(self.schedule.renew_every, share),
+            renew_at=tuple(round(step * share) for step in self.schedule.renew_at),
+        )
+        return replace(self, grid=grid, steps=steps, pattern=pattern, schedule=schedule)
+
+
+def _at_least_one(steps: int, share: float) -> int:
+    return max(1, round(steps * share)) if steps else 0
+
+
+EVERY_STEP = Schedule(renew_every=1)
+
+PRESETS: dict[str, Preset] = {
+    "adaspa": Preset(
+        "arXiv 2502.21079, section 5.1: sparsity 0.8, searches at steps 10 and 30",
+        HUNYUAN,
+        50,
+        Scored(Mass(rows=None), Tiers(0.2)),
+        Schedule(dense_first=9, renew_at=(29,)),
+        block=64,
+    ),
+    "re-ttention": Preset(
+        "arXiv 2505.22918, section 4: CogVideoX-2b, window of 1/32 of a frame, period 5",
+        COGVIDEOX,
+        50,
+        Band.retention(0.03125, COGVIDEOX),
+        Schedule(dense_first=15, renew_every=5),
+        Rescale(),
+    ),
+    "gna": Preset(
+        "arXiv 2504.16922, table 4: HunyuanVideo, 91 % sparse",
+        HUNYUAN,
+        50,
+        Neighborhood((18, 24, 24), (16, 8, 8)),
+        Schedule(dense_first=15),
+    ),
+    "sta": Preset(
+        "arXiv 2502.04507, table 3: HunyuanVideo, windows of 3x3x3 tiles",
+        HUNYUAN,
+        50,
+        Neighborhood.sliding_tiles((3, 3, 3)),
+        Schedule(dense_first=12),
+    ),
+    "radial": Preset(
+        "arXiv 2506.19852, the authors' code for Wan 2.1: decay 0.2, sink, one dense layer",
+        WAN,
+        50,
+        AnyOf((Radial("repo", 0.2), Sink())),
+        Schedule(dense_first=12),
+        dense_layers=1,
+    ),
+    "psa": Preset(
+        "arXiv 2512.04025, the authors' code for Wan 2.1 14B",
+        WAN,
+        50,
+        Scored(Sampled(32), Bands((0.4, 0.5, 0.6, 0.8), "mass", least=0.06), "gilbert"),
+        Schedule(dense_first=15, renew_every=1),
+    ),
+    "asa": Preset(
+        "arXiv 2508.10774, the authors' code for Wan 2.1 1.3B, untrained",
+        WAN,
+        50,
+        Scored(Sampled(32), Cumulative(0.95, 0.05, 0.17), "gilbert"),
+        EVERY_STEP,
+    ),
+    "asa-g": Preset(
+        "arXiv 2508.10774, with global tokens, over the dropped blocks alone and by 32 for 30",
+        WAN,
+        50,
+        Scored(Sampled(32), Cumulative(0.95, 0.05, 0.17), "gilbert"),
+        EVERY_STEP,
+        Pooled(5),
+    ),
+    "sparsed": Preset(
+        "arXiv 2509.24014, section 4: the first fifth dense, then one search, 0.3 of each row",
+        WAN,
+        50,
+        Scored(Mass(rows=None), Grouped(0.3)),
+        Schedule(dense_first=10),
+    ),
+    "sparge": Preset(
+        "arXiv 2502.18137, the authors' code without calibration: half of each row",
+        WAN,
+        50,
+        Scored(Means(), TopRow(0.5)),
+        EVERY_STEP,
+    ),
+}

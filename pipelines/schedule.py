@@ -1,0 +1,100 @@
+"""Schedule: at which denoising steps a plan runs dense, and at which it renews what it found.
+
+    Schedule(dense_first=4, renew_every=5)
+
+    step    0 1 2 3   4       5 6 7 8   9       10 11 ...
+            dense     renew   reuse     renew   reuse
+
+A layer renews at its first step that is not dense, and whenever the schedule says so from then
+on: scored patterns choose their blocks anew, remainders take their caches anew.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """At which denoising steps the layers of a plan run dense, and at which they renew.
+
+    Steps count from 0. Patterns that are computed from the grid with a remainder that keeps
+    nothing have nothing to renew.
+
+    Args:
+        dense_first (`int`, defaults to 0): leading denoising steps that run dense.
+        dense_last (`int`, defaults to 0): trailing denoising steps that run dense.
+        sigma_above (`float`, *optional*): steps whose noise level, as the scheduler has it in
+            `sigmas`, is larger run dense; unlike a count it holds for any scheduler and number of
+            steps.
+        renew_every (`int`, defaults to 0): steps from one renewal to the next; 0 for none after
+            the first, unless `renew_at` says so.
+        renew_at (`tuple[int, ...]`): further denoising steps that renew.
+        recall (`float`, *optional*): renew as soon as the blocks of a scored pattern hold less
+            than this share of the attention that they held when they were found, measured on a
+            few rows at every step.
+        share_branches (`bool`, defaults to False): one guidance branch uses the blocks that the
+            other found at the same step. Caches stay apart.
+    """
+
+    dense_first: int = 0
+    dense_last: int = 0
+    sigma_above: float | None = None
+    renew_every: int = 0
+    renew_at: tuple[int, ...] = ()
+    recall: float | None = None
+    share_branches: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dense_first", "dense_last", "renew_every"):
+            _check_steps(name, getattr(self, name))
+        for step in self.renew_at:
+            _check_steps("renew_at", step)
+        if self.sigma_above is not None and not self.sigma_above > 0:
+            raise ValueError(f"sigma_above: expected a noise level > 0, came {self.sigma_above!r}")
+        if self.recall is not None and not 0 < self.recall <= 1:
+            raise ValueError(f"recall: expected a share in (0, 1], came {self.recall!r}")
+
+    @property
+    def always_sparse(self) -> bool:
+        """Whether no step runs dense, so that no step need be known."""
+        return self.dense_first == self.dense_last == 0 and self.sigma_above is None
+
+    @property
+    def renews_again(self) -> bool:
+        """Whether anything is renewed after the first time."""
+        return self.renew_every > 0 or bool(self.renew_at) or self.recall is not None
+
+    def dense(self, step: int, steps: int, sigma: float | None = None) -> bool:
+        """Whether denoising step `step` of `steps`, at noise level `sigma`, runs dense."""
+        if self.sigma_above is not None and sigma is None:
+            raise ValueError(
+                "the schedule is dense above a noise level, which the scheduler does not tell: it "
+                "has no sigmas; use dense_first"
+            )
+        loud = self.sigma_above is not None and sigma is not None and sigma > self.sigma_above
+        return loud or step < self.dense_first or step >= steps - self.dense_last
+
+    def renews(self, step: int, last: int | None) -> bool:
+        """Whether a layer that renewed at step `last` (`None`: not yet) renews at `step`."""
+        if last is None:
+            return True
+        due = self.renew_every > 0 and step - last >= self.renew_every
+        return due or any(last < at <= step for at in self.renew_at)
+
+    def __str__(self) -> str:
+        parts = [f"the first {self.dense_first} and the last {self.dense_last} steps dense"]
+        if self.sigma_above is not None:
+            parts.append(f"dense above noise level {self.sigma_above:g}")
+        if self.renew_every:
+            parts.append(f"renewed every {self.renew_every} steps")
+        if self.renew_at:
+            parts.append(f"renewed at {', '.join(map(str, self.renew_at))}")
+        if self.recall is not None:
+            parts.append(f"renewed below {self.recall:g} of the recall")
+        if self.share_branches:
+            parts.append("blocks shared by guidance branches")
+        return "; ".join(parts)
+
+
+def _check_steps(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name}: expected a number of denoising steps >= 0, came {value!r}")

@@ -1,0 +1,252 @@
+"""Pattern x Remainder x Schedule at the calls of one group of heads, against the definition."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.attention import sparse_attention
+from dit_sparse.kernels.blocks import BlockIndices, block_indices
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Band, Full, Pattern, Skip
+from dit_sparse.kernels.remainder import (
+    Complement,
+    Drop,
+    Pair,
+    Pooled,
+    Remainder,
+    Rescale,
+    cache_bytes,
+    cache_of,
+)
+from dit_sparse.kernels.score import Mass, Sampled
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
+from dit_sparse.kernels.select import TopRow
+from dit_sparse.pipelines.group_attention import Computed, GroupAttention, Operands, Place
+from dit_sparse.pipelines.heads import HeadGroup
+from dit_sparse.pipelines.schedule import Schedule
+
+GRID = TokenGrid(2, 5, 7, text_after=5)
+BLOCK, HEADS = 8, 2
+MASS = Scored(Mass(rows=None), TopRow(0.5))
+SAMPLED = Scored(Sampled(4), TopRow(0.5))
+
+
+def operands(step: int, branch: str = "cond", turn: float = 0.2) -> Operands:
+    """Drifts with the step; branches differ. Sharp enough for masks to matter."""
+    generator = torch.Generator().manual_seed(len(branch))
+    shape = 3, 1, GRID.tokens, HEADS, 16
+    first, other = (torch.randn(shape, generator=generator) for _ in range(2))
+    query, key, value = first + turn * step * other
+    return Operands(2 * query, key, value, None)
+
+
+def attention(
+    patterns: tuple[Pattern, ...],
+    remainder: Remainder,
+    schedule: Schedule,
+    limit: int | None = None,
+) -> tuple[GroupAttention, HeadGroup]:
+    group = HeadGroup(tuple(range(HEADS)), patterns, remainder)
+    return GroupAttention([group], schedule, BLOCK, "reference", limit), group
+
+
+Run = Callable[..., Computed]
+
+
+def runner(
+    pattern: Pattern, remainder: Remainder, schedule: Schedule, limit: int | None = None
+) -> tuple[Run, GroupAttention]:
+    """A function (step, branch, operands) -> Computed."""
+    group = HeadGroup(tuple(range(HEADS)), (pattern,) * HEADS, remainder)
+    compute = GroupAttention([group], schedule, BLOCK, "reference", limit)
+
+    def run(
+        step: int, branch: str = "cond", of: Operands | None = None, layer: str = "a"
+    ) -> Computed:
+        of = operands(step, branch) if of is None else of
+        return compute(group, Place(branch, layer, 0, step), of, GRID)
+
+    return run, compute
+
+
+def attend(of: Operands, blocks: BlockIndices) -> Pair:
+    return sparse_attention(of.query, of.key, of.value, blocks, backend="reference")
+
+
+def listed(pattern: Pattern, pooled: int = 0) -> BlockIndices:
+    return block_indices((pattern,) * HEADS, GRID, block_q=BLOCK, block_k=BLOCK, pooled=pooled)
+
+
+def dense(of: Operands) -> Pair:
+    return attend(of, listed(Full()))
+
+
+def searched(pattern: Scored, of: Operands, lse: Tensor | None, pooled: int = 0) -> BlockIndices:
+    cut = geometry(pattern.order, GRID, HEADS, BLOCK)
+    return scored_blocks(pattern, of.query, of.key, cut, lse=lse, pooled=pooled)
+
+
+def assert_same(came: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(came, expected, atol=1e-6, rtol=1e-5)
+
+
+def apart(left: Tensor, right: Tensor) -> bool:
+    return float((left - right).norm() / right.norm()) > 1e-2
+
+
+def test_AD_the_first_search_is_dense_and_later_ones_use_its_lse() -> None:
+    run, _ = runner(MASS, Drop(), Schedule(renew_at=(2,)))
+    first = run(0)
+    output, lse = dense(operands(0))
+    assert first.dense
+    assert first.flops == 1.5
+    assert_same(first.output, output)
+    found = searched(MASS, operands(0), lse)
+    reused = run(1)
+    assert not reused.dense
+    assert reused.flops == pytest.approx(found.density().weighted)
+    assert_same(reused.output, attend(operands(1), found)[0])
+    renewed = run(2)
+    again = searched(MASS, operands(2), lse)
+    assert_same(renewed.output, attend(operands(2), again)[0])
+    assert apart(renewed.output, attend(operands(2), found)[0])
+    assert renewed.flops == pytest.approx(0.5 + again.density().weighted)
+    assert_same(run(3).output, attend(operands(3), again)[0])
+
+
+def test_scores_without_an_lse_never_run_dense() -> None:
+    run, _ = runner(SAMPLED, Drop(), Schedule(renew_every=1))
+    for step in range(3):
+        came, found = run(step), searched(SAMPLED, operands(step), None)
+        assert not came.dense
+        assert_same(came.output, attend(operands(step), found)[0])
+        assert came.flops == pytest.approx(found.density().weighted + 0.5 * (4 / BLOCK) ** 2)
+
+
+@pytest.mark.parametrize("pattern", [Band(9), Skip(), MASS], ids=str)
+@pytest.mark.parametrize("remainder", [Complement("float32"), Rescale(storage="float32")], ids=str)
+def test_RE_caches_are_taken_at_dense_steps_and_used_until_the_next(
+    pattern: Pattern, remainder: Complement | Rescale
+) -> None:
+    run, _ = runner(pattern, remainder, Schedule(renew_every=3))
+    cache = blocks = None
+    for step in range(5):
+        came, of = run(step), operands(step)
+        if step % 3 == 0:
+            exact = dense(of)
+            if isinstance(pattern, Scored):
+                blocks = searched(pattern, of, exact[1])
+            else:
+                blocks = listed(pattern)
+            cache = cache_of(remainder, exact, attend(of, blocks))
+            assert came.dense
+            assert_same(came.output, exact[0])
+            assert came.flops >= 1 + blocks.density().weighted
+        else:
+            assert cache is not None
+            assert blocks is not None
+            sparse = attend(of, blocks)
+            assert not came.dense
+            assert_same(came.output, cache.apply(sparse, step % 3))
+            assert apart(came.output, sparse[0])
+
+
+def test_RE3_the_complement_is_exact_as_long_as_nothing_changes() -> None:
+    run, _ = runner(MASS, Complement("float32"), Schedule())
+    of = operands(0)
+    for step in range(4):
+        assert_same(run(step, of=of).output, dense(of)[0])
+    dropped, _ = runner(MASS, Drop(), Schedule())
+    assert apart([dropped(step, of=of).output for step in range(2)][1], dense(of)[0])
+
+
+@pytest.mark.parametrize("pattern", [Band(9), SAMPLED], ids=str)
+def test_PS_what_is_not_listed_is_pooled(pattern: Pattern) -> None:
+    run, _ = runner(pattern, Pooled(2), Schedule(renew_every=1))
+    of = operands(1)
+    blocks = listed(pattern, 2) if isinstance(pattern, Band) else searched(pattern, of, None, 2)
+    came = run(1)
+    assert (blocks.tag == 2).any()
+    assert_same(came.output, attend(of, blocks)[0])
+    assert blocks.density().weighted < blocks.density().block == 1
+    assert came.flops == pytest.approx(blocks.density().weighted, abs=0.13)
+
+
+def test_G10_interleaved_branches_are_as_each_alone() -> None:
+    schedule = Schedule(renew_every=2)
+    together, _ = runner(MASS, Complement(), schedule)
+    alone = {branch: runner(MASS, Complement(), schedule)[0] for branch in ("cond", "uncond")}
+    for step in range(4):
+        for branch in ("cond", "uncond"):
+            assert torch.equal(together(step, branch).output, alone[branch](step, branch).output)
+
+
+def test_branches_that_share_use_the_blocks_of_the_first() -> None:
+    run, _ = runner(MASS, Drop(), Schedule(share_branches=True))
+    assert run(0, "cond").dense
+    found = searched(MASS, operands(0, "cond"), dense(operands(0, "cond"))[1])
+    for step in range(2):
+        other = run(step, "uncond")
+        assert not other.dense
+        assert_same(other.output, attend(operands(step, "uncond"), found)[0])
+
+
+def test_branches_that_share_blocks_keep_caches_of_their_own() -> None:
+    run, _ = runner(MASS, Complement("float32"), Schedule(renew_every=2, share_branches=True))
+    for step in range(5):
+        for branch in ("cond", "uncond"):
+            of = operands(step - step % 2, branch)
+            assert_same(run(step, branch, of).output, dense(of)[0])
+
+
+def test_nothing_is_left_of_the_generation_before() -> None:
+    run, compute = runner(MASS, Complement(), Schedule())
+    first = [run(step).output for step in range(3)]
+    compute.begin()
+    assert compute.memory.bytes == 0
+    assert all(torch.equal(run(step).output, output) for step, output in enumerate(first))
+
+
+def test_caches_beyond_the_limit_are_those_of_least_loss() -> None:
+    each = cache_bytes(Complement(), 1, GRID.tokens, HEADS, 16)
+    run, compute = runner(Band(9), Complement(), Schedule(renew_every=2), 2 * each)
+    # Sharper attention loses less to the band: queries grow from layer to layer.
+    layers = {name: operands(0) for name in ("flat", "middle", "sharp")}
+    for factor, (name, of) in zip((0.01, 1, 4), layers.items(), strict=True):
+        layers[name] = replace(of, query=factor * of.query)
+    for name, of in layers.items():
+        assert run(0, of=of, layer=name).dense
+    kept = {key[1]: value for key, value in compute.memory.kept.items()}  # type: ignore[index]
+    losses = {
+        name: float(cache_of(Complement(), dense(of), attend(of, listed(Band(9)))).loss)
+        for name, of in layers.items()
+    }
+    least = min(losses, key=losses.__getitem__)
+    assert [name for name, value in kept.items() if value.cache is None] == [least]
+    assert compute.memory.peak == 2 * each
+    assert compute.memory.dropped == 1
+    # Without a cache a layer drops what it does not keep, and has nothing to renew.
+    came = run(2, of=layers[least], layer=least)
+    assert not came.dense
+    assert_same(came.output, attend(layers[least], listed(Band(9)))[0])
+
+
+def test_SD3_a_pattern_that_moves_is_searched_again() -> None:
+    run, compute = runner(MASS, Drop(), Schedule(recall=0.9))
+    run(0)
+    before = compute.memory.found["cond", "a", 0].blocks
+    run(1)
+    assert compute.memory.found["cond", "a", 0].blocks is before
+    moved = operands(0, "another branch")
+    run(2, of=moved)
+    after = compute.memory.found["cond", "a", 0]
+    assert after.step == 2
+    assert after.blocks is not before
+    quiet, other = runner(MASS, Drop(), Schedule())
+    quiet(0)
+    quiet(2, of=moved)
+    assert other.memory.found["cond", "a", 0].step == 0

@@ -1,0 +1,183 @@
+"""Plans with scored patterns, remainders and renewals on whole pipelines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Band, Pattern, Skip
+from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
+from dit_sparse.kernels.score import Mass, Sampled
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.select import Bands, Tiers, TopRow
+from dit_sparse.pipelines.hook import enable_sparse_attention
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
+from tests import tiny
+from tests.hooked import wan_inputs
+
+MASS = Scored(Mass(rows=None), TopRow(0.4))
+SAMPLED = Scored(Sampled(8), Bands((0.2, 0.4, 0.6, 0.8), "rank"), "gilbert", sink_frames=1)
+
+
+def plan_of(
+    pipe: Any, pattern: Pattern, remainder: Remainder, schedule: Schedule, **fields: Any
+) -> Plan:
+    return Plan.uniform(pipe, pattern, schedule, remainder, block=8, **fields)
+
+
+PRODUCT = pytest.mark.parametrize(
+    ("pattern", "remainder"),
+    [
+        (MASS, Drop()),
+        (MASS, Complement()),
+        (SAMPLED, Drop()),
+        (SAMPLED, Rescale()),
+        (Band(3), Complement("float8")),
+        (Band(3, "pixel_major"), Pooled(2)),
+        (Skip(), Complement()),
+    ],
+    ids=str,
+)
+
+
+@PRODUCT
+def test_a_generation_is_the_same_whatever_ran_before(
+    pattern: Pattern, remainder: Remainder
+) -> None:
+    pipe = tiny.wan()
+    dense = tiny.generate(pipe, num_inference_steps=6)
+    state = torch.get_rng_state()
+    plan = plan_of(pipe, pattern, remainder, Schedule(1, renew_every=2))
+    with enable_sparse_attention(pipe, plan) as hook:
+        first = tiny.generate(pipe, num_inference_steps=6)
+        report = hook.report()
+        tiny.generate(pipe, num_inference_steps=3, height=96)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.generate(pipe, num_inference_steps=6, callback_on_step_end=stop)
+        assert torch.equal(tiny.generate(pipe, num_inference_steps=6), first)
+        assert hook.report().flops == report.flops
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(tiny.generate(pipe, num_inference_steps=6), dense)
+    assert not torch.equal(first, dense)
+    assert first.isfinite().all()
+    calls = 2 * 2 * 6
+    assert report.sparse_calls + sum(report.dense_calls.values()) == calls
+    assert (report.cache_bytes > 0) == (remainder.cached or pattern is MASS)
+
+
+def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    if step == 3:
+        raise KeyboardInterrupt
+    return tensors
+
+
+def test_AD7_searches_are_counted_and_cost_what_they_should() -> None:
+    pipe = tiny.wan()
+    plan = plan_of(pipe, MASS, Drop(), Schedule(dense_first=2, renew_at=(5,)))
+    with enable_sparse_attention(pipe, plan) as hook:
+        tiny.generate(pipe, num_inference_steps=8)
+        report = hook.report()
+    layers = branches = 2
+    assert report.dense_calls == {
+        "dense steps of the schedule": layers * branches * 2,
+        "renewal": layers * branches,
+    }
+    assert report.sparse_calls == layers * branches * 5
+    assert report.density_sparse is not None
+    # 48 tokens in blocks of 8: 2 of 6 key blocks in every row.
+    sparse = 2 / 6
+    assert report.density_sparse.block == pytest.approx(sparse)
+    assert report.flops == pytest.approx((2 + 1.5 + 0.5 + 5 * sparse) / 8)
+
+
+def test_RE_complement_of_every_step_is_dense() -> None:
+    pipe = tiny.wan()
+    dense = tiny.generate(pipe)
+    plan = plan_of(pipe, Band(3), Complement(), Schedule(renew_every=1))
+    with enable_sparse_attention(pipe, plan):
+        torch.testing.assert_close(tiny.generate(pipe), dense, atol=2e-5, rtol=0)
+
+
+def test_batched_guidance_has_one_list_and_a_cache_for_each_sample() -> None:
+    pipe = tiny.cogvideox()
+    dense = tiny.generate(pipe)
+    for pattern in (MASS, Scored(Mass(), Tiers(0.4))):
+        plan = plan_of(pipe, pattern, Complement("float32"), Schedule())
+        with enable_sparse_attention(pipe, plan) as hook:
+            output = tiny.generate(pipe)
+            assert hook.report().cache_bytes == plan.cache_bytes(
+                TokenGrid(3, 4, 4, text_before=16), batch=2
+            )
+        assert output.isfinite().all()
+        assert not torch.equal(output, dense)
+        assert (output - dense).norm() / dense.norm() < 0.5
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "float8"])
+def test_caches_take_the_bytes_that_the_plan_says(storage: Any) -> None:
+    pipe = tiny.wan()
+    plan = plan_of(pipe, Band(3), Complement(storage), Schedule(1))
+    with enable_sparse_attention(pipe, plan) as hook:
+        tiny.generate(pipe)
+        assert hook.report().cache_bytes == 2 * plan.cache_bytes(TokenGrid(3, 4, 4))
+
+
+def test_a_limit_holds_and_is_reported() -> None:
+    pipe = tiny.wan(layers=4)
+    whole = plan_of(pipe, Band(3), Complement(), Schedule())
+    limit = whole.cache_bytes(TokenGrid(3, 4, 4)) // 2
+    plan = plan_of(pipe, Band(3), Complement(), Schedule(), cache_limit=limit)
+    with enable_sparse_attention(pipe, plan) as hook:
+        tiny.generate(pipe)
+        report = hook.report()
+    assert report.cache_bytes == limit
+    assert report.dropped_caches == 6
+    assert "6 did not fit" in str(report)
+
+
+def test_noise_levels_come_from_the_scheduler() -> None:
+    pipe = tiny.wan()
+    tiny.generate(pipe, num_inference_steps=6)
+    sigmas = pipe.scheduler.sigmas[:6].tolist()
+    level = (sigmas[1] + sigmas[2]) / 2
+    plan = plan_of(pipe, Band(3), Drop(), Schedule(sigma_above=level))
+    with enable_sparse_attention(pipe, plan) as hook:
+        tiny.generate(pipe, num_inference_steps=6)
+        assert hook.report().dense_calls == {"dense steps of the schedule": 2 * 2 * 2}
+    cog = tiny.cogvideox()
+    plan = plan_of(cog, Band(3), Drop(), Schedule(sigma_above=0.5))
+    with (
+        enable_sparse_attention(cog, plan),
+        pytest.raises(ValueError, match="dense above a noise level, which the scheduler does not"),
+    ):
+        tiny.generate(cog)
+
+
+def test_without_a_pipeline_what_depends_on_the_step_is_refused() -> None:
+    transformer = tiny.wan_transformer()
+    plan = plan_of(transformer, MASS, Drop(), Schedule())
+    with (
+        enable_sparse_attention(transformer, plan),
+        pytest.raises(ValueError, match="depends on the denoising step, which neither the pipeli"),
+    ):
+        transformer(**wan_inputs())
+
+
+@PRODUCT
+def test_G12_the_product_is_kept_in_the_file(
+    pattern: Pattern, remainder: Remainder, tmp_path: Path
+) -> None:
+    schedule = Schedule(1, 2, 0.9, 3, (4, 5), 0.8, share_branches=True)
+    pipe = tiny.wan()
+    plan = plan_of(pipe, pattern, remainder, schedule, cache_limit=10**6)
+    plan.save_pretrained(tmp_path / "plan")
+    back = Plan.from_pretrained(tmp_path / "plan")
+    assert back.digest == plan.digest
+    assert back.assignment == plan.assignment
+    assert back.remainders == plan.remainders
+    assert (back.schedule, back.cache_limit) == (schedule, 10**6)
+    other = plan_of(pipe, pattern, remainder, Schedule(1, 2), cache_limit=10**6)
+    assert other.digest != plan.digest

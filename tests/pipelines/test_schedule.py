@@ -1,0 +1,77 @@
+from typing import Any
+
+import pytest
+
+from dit_sparse.pipelines.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "dense"),
+    [(0, 0, []), (2, 0, [0, 1]), (0, 1, [4]), (1, 2, [0, 3, 4]), (9, 0, [0, 1, 2, 3, 4])],
+)
+def test_schedule_counts_denoising_steps(first: int, last: int, dense: list[int]) -> None:
+    schedule = Schedule(first, last)
+    assert [step for step in range(5) if schedule.dense(step, 5)] == dense
+    assert schedule.always_sparse == (not dense)
+
+
+def test_steps_are_dense_above_a_noise_level_whatever_their_number() -> None:
+    schedule = Schedule(sigma_above=0.8, dense_last=1)
+    for sigmas in ([1.0, 0.9, 0.8, 0.4, 0.1], [1.0, 0.5, 0.1]):
+        dense = [schedule.dense(step, len(sigmas), sigma) for step, sigma in enumerate(sigmas)]
+        assert dense == [sigma > 0.8 for sigma in sigmas[:-1]] + [True]
+    assert not schedule.always_sparse
+    with pytest.raises(ValueError, match="dense above a noise level, which the scheduler does no"):
+        schedule.dense(0, 5)
+
+
+def renewals(schedule: Schedule, first: int, steps: int) -> list[int]:
+    """The steps at which a layer renews that first runs sparse at `first`."""
+    found: list[int] = []
+    for step in range(first, steps):
+        if schedule.renews(step, found[-1] if found else None):
+            found.append(step)
+    return found
+
+
+def test_RE5_caches_of_CogVideoX_are_taken_seven_times_in_fifty_steps() -> None:
+    schedule = Schedule(dense_first=15, renew_every=5)
+    dense = [step for step in range(50) if schedule.dense(step, 50)]
+    assert dense == list(range(15))
+    assert renewals(schedule, 15, 50) == [15, 20, 25, 30, 35, 40, 45]
+
+
+def test_AD7_AdaSpa_searches_at_its_tenth_and_thirtieth_step() -> None:
+    schedule = Schedule(dense_first=9, renew_at=(29,))
+    assert renewals(schedule, 9, 50) == [9, 29]
+
+
+def test_SD3_SparseD_searches_once() -> None:
+    assert renewals(Schedule(dense_first=10), 10, 50) == [10]
+
+
+def test_a_renewal_that_fell_on_a_skipped_step_is_made_up_for() -> None:
+    schedule = Schedule(renew_at=(5,), renew_every=4)
+    assert schedule.renews(6, 4)
+    assert not schedule.renews(7, 6)
+    assert schedule.renews(9, 5)
+
+
+@pytest.mark.parametrize("name", ["dense_first", "dense_last", "renew_every"])
+@pytest.mark.parametrize("value", [-1, 0.5, True, "3"])
+def test_what_is_no_count_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a number of denoising steps"):
+        Schedule(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"renew_at": (3, -1)}, "renew_at: expected a number of denoising steps >= 0, came -1"),
+        ({"sigma_above": 0.0}, "sigma_above: expected a noise level > 0, came 0.0"),
+        ({"recall": 1.5}, r"recall: expected a share in \(0, 1\], came 1.5"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**values)
