@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dit_sparse.kernels.gilbert import gilbert_walk
 from dit_sparse.kernels.grid import TokenGrid
 
 
@@ -24,14 +25,18 @@ class TokenOrder:
       section 3.2), so that a band joins the same place of all frames.
     * `tile`: boxes of `tile` tokens, each cut into blocks of its own (Sliding Tile Attention,
       arXiv 2502.04507). Tiles at the far borders are smaller.
+    * `gilbert`: a generalized Hilbert curve (Pyramid Sparse Attention, arXiv 2512.04025), so that
+      every run of tokens is a compact piece of the video; see gilbert.py.
     """
 
-    kind: Literal["raster", "pixel_major", "tile"] = "raster"
+    kind: Literal["raster", "pixel_major", "tile", "gilbert"] = "raster"
     tile: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("raster", "pixel_major", "tile"):
-            raise ValueError(f"order must be raster, pixel_major or tile, got {self.kind!r}")
+        if self.kind not in ("raster", "pixel_major", "tile", "gilbert"):
+            raise ValueError(
+                f"order must be raster, pixel_major, tile or gilbert, got {self.kind!r}"
+            )
         if (self.kind == "tile") != (self.tile is not None):
             raise ValueError(
                 f"order {self.kind} came with tile={self.tile}; the tile order needs a tile "
@@ -63,6 +68,9 @@ class TokenOrder:
         raster = rearrange(
             torch.arange(grid.video), "(t h w) -> t h w", t=grid.frames, h=grid.height
         )
+        if self.kind == "gilbert":
+            frame, row, column = gilbert_walk(*grid.shape).unbind(1)
+            return raster[frame, row, column]
         if self.tile is None:
             pattern = "t h w -> (t h w)" if self.kind == "raster" else "t h w -> (h w t)"
             return rearrange(raster, pattern)
@@ -97,6 +105,11 @@ def raster() -> TokenOrder:
 def pixel_major() -> TokenOrder:
     """All frames of one pixel side by side."""
     return TokenOrder("pixel_major")
+
+
+def gilbert() -> TokenOrder:
+    """Along a generalized Hilbert curve, from each token to one of its six neighbors."""
+    return TokenOrder("gilbert")
 
 
 def tile(frames: int, height: int, width: int) -> TokenOrder:
