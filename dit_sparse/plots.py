@@ -24,6 +24,7 @@ SHORT = {
     "neighborhood": "N",
     "radial": "R",
     "any_of": "A",
+    "scored": "D",
 }
 MOST_DRAWN = 2500  # tokens; their pairs become pixels
 BLOCK = 16  # tokens of a block in the picture of a pattern, whose grid is small

@@ -4,8 +4,9 @@
 sink of the first frame.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, cast, get_args, get_origin
 
 import torch
@@ -18,6 +19,9 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.neighborhood import Flags, Neighborhood
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.radial import Radial
+from dit_sparse.kernels.score import Score
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.select import Bounds, Select
 from dit_sparse.kernels.windows import Windows, everything
 
 __all__ = [
@@ -29,6 +33,7 @@ __all__ = [
     "Neighborhood",
     "Pattern",
     "Radial",
+    "Scored",
     "Sink",
     "Skip",
     "Triple",
@@ -121,69 +126,92 @@ class AnyOf(Definition):
         return " + ".join(map(str, self.patterns))
 
 
-Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf
+Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf | Scored
 PATTERNS: dict[str, type[Pattern]] = {pattern.kind: pattern for pattern in get_args(Pattern)}
 
 
 def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """`pattern` as JSON values: its kind and its fields."""
-    values = {field.name: getattr(pattern, field.name) for field in fields(pattern)}
-    return {"kind": pattern.kind} | {name: _to_json(value) for name, value in values.items()}
+    return _to_json(pattern)
 
 
 def pattern_from_dict(data: dict[str, Any]) -> Pattern:
     """The pattern that `pattern_to_dict` wrote; anything else is a `ValueError`."""
-    kind = data.get("kind")
-    if not isinstance(kind, str) or kind not in PATTERNS:
-        raise ValueError(
-            f"unknown pattern kind {kind!r}; this version knows {', '.join(PATTERNS)}: "
-            "a newer dit_sparse may have written the plan, so update it"
-        )
-    values = {name: value for name, value in data.items() if name != "kind"}
-    known = pattern_fields(kind)
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise ValueError(
-            f"pattern {kind!r} has no field {', '.join(unknown)}; it takes "
-            f"{', '.join(known) or 'none'}"
-        )
-    for name, value in values.items():
-        if not _fits(value, known[name]):
-            raise ValueError(
-                f"{name} of pattern {kind!r} must be {in_words(known[name])}, got {value!r}"
-            )
-    build = cast(Callable[..., Pattern], PATTERNS[kind])
-    try:
-        return build(**{name: _from_json(value) for name, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"pattern {kind!r} is incomplete: {error}") from error
+    return _built(data, "pattern", PATTERNS)
 
 
 def pattern_fields(kind: str) -> dict[str, Any]:
     """The fields of a kind of pattern and their types."""
-    return {field.name: field.type for field in fields(PATTERNS[kind])}
+    return _fields(PATTERNS[kind])
 
 
 def in_words(annotation: Any) -> str:
     """What a field of that type takes."""
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(repr, get_args(annotation)))
+    if annotation in _NOUNS:
+        return f"a {_NOUNS[annotation]} of kind {', '.join(_kinds(annotation))}"
     return _WORDS[annotation]
 
 
+_NOUNS = {Member: "pattern", Score: "score", Select: "selection"}
 _WORDS = {
     int: "an integer",
+    int | None: "an integer or null",
     float: "a number",
     Triple: "three integers",
+    Bounds: "four numbers",
     Flags: "three booleans",
     tuple[int, ...]: "a list of integers",
     tuple[Member, ...]: f"a list of patterns of kind {', '.join(MEMBERS)}",
 }
 
 
+def _fields(value: type) -> dict[str, Any]:
+    return {field.name: field.type for field in fields(value)}
+
+
+def _kinds(annotation: Any) -> dict[str, type]:
+    """The values that a field of a type in `_NOUNS` takes, by kind."""
+    return {value.kind: value for value in get_args(annotation)}
+
+
+def _built(data: dict[str, Any], noun: str, kinds: Mapping[str, type]) -> Any:
+    """The value that `_to_json` wrote, which is a `noun` of one of `kinds`."""
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(
+            f"unknown {noun} kind {kind!r}; this version knows {', '.join(kinds)}: "
+            "a newer dit_sparse may have written the plan, so update it"
+        )
+    values = {name: value for name, value in data.items() if name != "kind"}
+    known = _fields(kinds[kind])
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise ValueError(
+            f"{noun} {kind!r} has no field {', '.join(unknown)}; it takes "
+            f"{', '.join(known) or 'none'}"
+        )
+    for name, value in values.items():
+        if not _fits(value, known[name]):
+            raise ValueError(
+                f"{name} of {noun} {kind!r} must be {in_words(known[name])}, got {value!r}"
+            )
+    build = cast(Callable[..., Any], kinds[kind])
+    try:
+        return build(**{name: _from_json(value, known[name]) for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{noun} {kind!r} is incomplete: {error}") from error
+
+
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a JSON value fits a field of that type."""
     parts = get_args(annotation)
+    if annotation in _NOUNS:
+        # Looked at before it is built, so that what is nested deeply is refused and not followed.
+        return isinstance(value, dict) and value.get("kind") in [*_kinds(annotation)]
+    if get_origin(annotation) is UnionType:
+        return any(_fits(value, part) for part in parts)
     if get_origin(annotation) is Literal:
         return isinstance(value, str) and value in parts
     if get_origin(annotation) is tuple:
@@ -191,21 +219,28 @@ def _fits(value: Any, annotation: Any) -> bool:
             return False
         parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
         return len(value) == len(parts) and all(map(_fits, value, parts))
+    if annotation is NoneType:
+        return value is None
     if annotation is float:
         return type(value) in (int, float)
-    if annotation == Member:
-        # Looked at before it is built, so that what is nested deeply is refused and not followed.
-        return isinstance(value, dict) and value.get("kind") in MEMBERS
     return type(value) is annotation
 
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_to_json(item) for item in value]
-    return pattern_to_dict(cast(Pattern, value)) if isinstance(value, Definition) else value
+    if not hasattr(value, "kind"):
+        return value
+    written = {name: _to_json(getattr(value, name)) for name in _fields(type(value))}
+    return {"kind": value.kind} | written
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_from_json(item) for item in value)
-    return pattern_from_dict(value) if isinstance(value, dict) else value
+def _from_json(value: Any, annotation: Any) -> Any:
+    """The field of that type, given a JSON value that fits it."""
+    if annotation in _NOUNS:
+        return _built(value, _NOUNS[annotation], _kinds(annotation))
+    if isinstance(value, list | tuple):
+        parts = get_args(annotation)
+        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return tuple(map(_from_json, value, parts))
+    return value

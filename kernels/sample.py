@@ -18,14 +18,19 @@ def sampled_rows(offsets: Tensor, rows: int) -> Tensor:
     """Positions of at most `rows` different rows of each block between `offsets`, int64
     `[blocks, rows]`, -1 for those that a block does not have. A block of at most `rows` tokens
     is taken whole."""
+    return sampled(offsets[:-1], offsets.diff(), rows)
+
+
+def sampled(first: Tensor, sizes: Tensor, rows: int) -> Tensor:
+    """The same of blocks of `sizes` rows that start at `first`, int64 `[blocks]` each."""
     if not 1 <= rows <= 64:
         raise ValueError(f"rows must be in 1..64, got {rows}; None takes them all")
-    sizes = offsets.diff()[:, None]
+    sizes = sizes[:, None]
     number = torch.arange(rows)
     within = (sizes * (number * _GOLDEN % 1)).long()
     within = torch.where(sizes <= rows, number, within)
     again = (within[:, :, None] == within[:, None, :]).tril(-1).any(-1)
-    return torch.where((number < sizes) & ~again, offsets[:-1, None] + within, -1)
+    return torch.where((number < sizes) & ~again, first[:, None] + within, -1)
 
 
 def segments(blocks: BlockIndices, rows: int | None, size: int) -> tuple[Tensor, Tensor]:

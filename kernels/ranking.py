@@ -1,0 +1,188 @@
+"""Ranking: the share of its attention that each block of queries is expected to give each block of
+keys, and the pairs of blocks that are visited whatever their share.
+
+    Mass     sum over rows, keys of exp(s - lse)
+    Sampled  max over rows i of exp(r[i, j] - max over j of r[i, j]),  r[i, j] = max over keys of s
+    Means    softmax over j of  scale * mean(q) . mean(k) + ln(keys),  k less the mean of all keys
+
+each divided by its sum over the blocks of keys. Shares are averaged over the batch, so that both
+passes of classifier-free guidance visit the same blocks. Padded text is neither key nor query.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.mass import block_mass
+from dit_sparse.kernels.sample import sampled
+from dit_sparse.kernels.score import Mass, Means, Sampled, Score
+from dit_sparse.kernels.tiling import Tiling, real_tokens
+
+_AT_ONCE = 1 << 24  # logits held in one step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """How much the pairs of blocks matter.
+
+    Attributes:
+        share: float32 `[heads, query_blocks, key_blocks]`; rows sum to 1, or to 0 where no query
+            or no key counts.
+        forced: bool of the same shape, pairs that are visited whatever their share; `None` for
+            none.
+    """
+
+    share: Tensor
+    forced: Tensor | None = None
+
+
+def score_blocks(
+    score: Score,
+    query: Tensor,
+    key: Tensor,
+    blocks: BlockIndices,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Ranking:
+    """Rank all pairs of blocks, listed in `blocks` or not.
+
+    Args:
+        score: what is computed.
+        query, key: `[batch, tokens, heads, head_dim]` in raster order, any strides, one floating
+            dtype.
+        blocks: where the tokens are cut into blocks, and which text is padded.
+        scale: factor of the logits, defaults to `head_dim ** -0.5`.
+        lse: of dense attention over the real keys, float32 `[batch, heads, tokens]`; only a mass
+            takes one.
+    """
+    if query.ndim != 4 or query.shape != key.shape or query.shape[1] != blocks.grid.tokens:
+        raise ValueError(
+            f"query and key must be [batch, {blocks.grid.tokens}, heads, head_dim] for grid "
+            f"{blocks.grid}, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    valid = blocks.grid.valid_text
+    if valid is not None and len(valid) != len(query):
+        raise ValueError(
+            f"grid.valid_text is for a batch of {len(valid)}, got {len(query)}; give one count "
+            "per sample"
+        )
+    if score.needs_lse and lse is None:
+        raise ValueError(
+            f"score {score} needs the LSE of dense attention, got lse=None; give that of a dense "
+            "step, or take a score without one: sampled or means"
+        )
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    match score:
+        case Mass():
+            assert lse is not None
+            mass = block_mass(query, key, lse, blocks, scale=factor, rows=score.rows)
+            # An LSE of other scores makes infinite masses: equal ones then, never NaN.
+            return Ranking(_shares(mass.clamp_max(torch.finfo(mass.dtype).max / mass.shape[-1])))
+        case Sampled():
+            return Ranking(_shares(_largest(score, query, key, blocks, factor)))
+        case Means():
+            return _of_means(score, query, key, blocks, factor)
+
+
+def _shares(weight: Tensor) -> Tensor:
+    """Rows of `[batch, heads, query_blocks, key_blocks]` as shares, averaged over the batch."""
+    share = _rows_to_one(weight)
+    return share[0] if len(share) == 1 else _rows_to_one(share.mean(0))
+
+
+def _rows_to_one(weight: Tensor) -> Tensor:
+    total = weight.sum(-1, keepdim=True)
+    return weight / total.where(total > 0, 1)
+
+
+def _largest(
+    score: Sampled, query: Tensor, key: Tensor, blocks: BlockIndices, scale: float
+) -> Tensor:
+    """The `Sampled` row of the head of this file, before it is divided."""
+    size, device, heads = score.samples, query.device, query.shape[2]
+    found = []
+    for sample, (rows, columns) in enumerate(_chosen(blocks, len(query), size, device)):
+        keys = rearrange(_float(key[sample], columns), "j n h d -> h d (j n)")
+        missing = rearrange(columns < 0, "j n -> (j n)")
+        at_once = max(_AT_ONCE // (heads * size * missing.numel()), 1)
+        for part in rows.split(at_once):
+            queries = rearrange(_float(query[sample], part), "i m h d -> h (i m) d")
+            logits = (scale * queries @ keys).masked_fill(missing, -torch.inf)
+            best = rearrange(logits, "h (i m) (j n) -> h i m j n", i=len(part), n=size).amax(-1)
+            weight = (best - best.amax(-1, keepdim=True)).exp()
+            weight = weight.masked_fill(rearrange(part < 0, "i m -> 1 i m 1"), 0)
+            found.append(weight.amax(2))
+    rows_of_all = torch.cat(found, 1).float()
+    return rearrange(rows_of_all, "h (b i) j -> b h i j", b=len(query))
+
+
+def _of_means(
+    score: Means, query: Tensor, key: Tensor, blocks: BlockIndices, scale: float
+) -> Ranking:
+    """The `Means` row of the head of this file, and the blocks whose tokens differ."""
+    shares, forced = [], []
+    for sample, (rows, columns) in enumerate(_chosen(blocks, len(query), None, query.device)):
+        queries, query_count, query_alike = _pooled(query[sample], rows, score, centered=False)
+        keys, key_count, key_alike = _pooled(key[sample], columns, score, centered=True)
+        logits = scale * queries @ keys.mT + rearrange(key_count.log(), "j -> 1 1 j")
+        logits = logits.masked_fill(~rearrange(key_alike, "h j -> h 1 j"), -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+        weight = (logits - top.where(top.isfinite(), 0)).exp()
+        shares.append(weight.masked_fill(rearrange(query_count == 0, "i -> 1 i 1"), 0))
+        differs = rearrange(~query_alike & (query_count > 0), "h i -> h i 1")
+        forced.append(differs | rearrange(~key_alike & (key_count > 0), "h j -> h 1 j"))
+    return Ranking(_shares(torch.stack(shares).float()), torch.stack(forced).any(0))
+
+
+def _pooled(
+    tokens: Tensor, places: Tensor, score: Means, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of blocks `[heads, blocks, head_dim]`, their numbers of tokens `[blocks]`, and which
+    are alike, bool `[heads, blocks]`; of `tokens` `[tokens, heads, head_dim]`."""
+    inside = rearrange(places >= 0, "j n -> j n 1 1")
+    members = _float(tokens, places).masked_fill(~inside, 0)
+    if centered:
+        members = (members - members.sum((0, 1)) / inside.sum()).masked_fill(~inside, 0)
+    count = (places >= 0).sum(1).to(members.dtype)
+    number = rearrange(count.clamp_min(1), "j -> j 1 1")
+    direction = torch.nn.functional.normalize(members, dim=-1)
+    # The mean of all cosines is the square of the mean direction.
+    cosine = (direction.sum(1) / number).square().sum(-1)
+    alike = rearrange(cosine > score.similarity, "j h -> h j")
+    return rearrange(members.sum(1) / number, "j h d -> h j d"), count, alike
+
+
+def _float(tokens: Tensor, places: Tensor) -> Tensor:
+    """`tokens` `[tokens, ...]` at `places`, in float32 at least; anything where it is negative."""
+    return tokens[places.clamp_min(0)].to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+@lru_cache(maxsize=16)
+def _chosen(
+    blocks: BlockIndices, batch: int, samples: int | None, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """For each sample, the tokens that stand for every block of queries and of keys: raster
+    tokens int64 `[blocks, tokens]`, -1 for none; all that are not padded if `samples` is None."""
+    sides = []
+    for offsets in (blocks.query_offsets, blocks.key_offsets):
+        first, sizes = offsets[:-1], offsets.diff()
+        real = real_tokens(blocks.grid, Tiling(first, sizes, torch.arange(len(first))))
+        sides.append([_places(first, count, samples, blocks.permutation) for count in real])
+    rows, columns = (
+        [places.to(device) for places in side] * (batch if len(side) == 1 else 1) for side in sides
+    )
+    return list(zip(rows, columns, strict=True))
+
+
+def _places(first: Tensor, count: Tensor, samples: int | None, permutation: Tensor) -> Tensor:
+    if samples is None:
+        within = torch.arange(max(int(count.max()), 1))
+        place = (first[:, None] + within).where(within < count[:, None], -1)
+    else:
+        place = sampled(first, count, samples)
+    return permutation[place.clamp_min(0)].where(place >= 0, -1)

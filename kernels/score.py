@@ -1,0 +1,81 @@
+"""Score: how blocks of keys are ranked for blocks of queries, from q and k while denoising.
+
+Values only; `ranking.py` turns them into shares.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Mass:
+    """Attention that a block of keys gets, exactly, given the LSE of dense attention.
+
+    AdaSpa (arXiv 2502.21079) and SparseD (arXiv 2509.24014). The LSE may be an earlier step's.
+
+    Attributes:
+        rows: queries of each block that stand for it, at most 64; `None` takes all.
+    """
+
+    kind: ClassVar[str] = "mass"
+    needs_lse: ClassVar[bool] = True
+    rows: int | None = 16
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and not 1 <= self.rows <= 64:
+            raise ValueError(f"rows must be in 1..64, got {self.rows}; None takes them all")
+
+    def __str__(self) -> str:
+        return "mass of all rows" if self.rows is None else f"mass of {self.rows} rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The largest logit between sampled queries and sampled keys.
+
+    Adaptive Sparse Attention of Video-BLADE (arXiv 2508.10774) and Pyramid Sparse Attention (arXiv
+    2512.04025).
+
+    Attributes:
+        samples: tokens of each block that stand for it, at most 64.
+    """
+
+    kind: ClassVar[str] = "sampled"
+    needs_lse: ClassVar[bool] = False
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= 64:
+            raise ValueError(f"samples must be in 1..64, got {self.samples}")
+
+    def __str__(self) -> str:
+        return f"sampled {self.samples}"
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Attention between the means of blocks; blocks whose tokens differ are always visited.
+
+    SpargeAttn (arXiv 2502.18137). A block is alike if the mean cosine of all pairs of its tokens,
+    each with itself included, is larger than `similarity`: the rule of the published code, not of
+    the paper.
+
+    Attributes:
+        similarity: at 1 or above no block is alike, so everything is visited.
+    """
+
+    kind: ClassVar[str] = "means"
+    needs_lse: ClassVar[bool] = False
+    similarity: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.similarity <= 2:
+            raise ValueError(
+                f"similarity must be in -1..2, got {self.similarity}; it is a bound of a cosine"
+            )
+
+    def __str__(self) -> str:
+        return f"means alike above {self.similarity:g}"
+
+
+Score = Mass | Sampled | Means

@@ -1,0 +1,68 @@
+"""Scored: a pattern that is chosen while denoising, from the queries and keys of the step.
+
+A value like every other pattern, so that plans hold it; `scored_blocks.py` makes its blocks. Which
+pairs it keeps is not known before.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from dit_sparse.kernels.definition import Definition
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.order import TokenOrder
+from dit_sparse.kernels.score import Score
+from dit_sparse.kernels.select import Select
+
+OrderName = Literal["raster", "pixel_major", "gilbert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Definition):
+    """The blocks that `select` keeps of those that `score` ranks.
+
+    Attributes:
+        score: how blocks of keys are ranked for blocks of queries.
+        select: how many are kept.
+        token_order: the order that is cut into blocks.
+        sink_frames: blocks with tokens of as many first frames are visited in addition.
+    """
+
+    kind: ClassVar[str] = "scored"
+    score: Score
+    select: Select
+    token_order: OrderName = "raster"
+    sink_frames: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, kinds in (("score", self.score, Score), ("select", self.select, Select)):
+            if not isinstance(value, get_args(kinds)):
+                known = ", ".join(kind.__name__ for kind in get_args(kinds))
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if self.token_order not in get_args(OrderName):
+            raise ValueError(
+                f"token_order must be one of {', '.join(map(repr, get_args(OrderName)))}, "
+                f"got {self.token_order!r}"
+            )
+        if self.sink_frames < 0:
+            raise ValueError(
+                f"sink_frames must not be negative, got {self.sink_frames}; use 0 for no sink"
+            )
+
+    @property
+    def order(self) -> TokenOrder:
+        return TokenOrder(self.token_order)
+
+    def refusal(self, grid: TokenGrid) -> str | None:
+        return (
+            f"the pairs of a scored pattern are known only while denoising, so {self} has none on "
+            f"grid {grid}; make its blocks from queries and keys, or take another pattern here"
+        )
+
+    def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
+        raise ValueError(self.refusal(grid))
+
+    def __str__(self) -> str:
+        sink = f", sink {self.sink_frames}" if self.sink_frames else ""
+        return f"scored {self.score}, {self.select}, {self.token_order}{sink}"

@@ -1,0 +1,142 @@
+"""Selection: the blocks that a `Select` keeps of a `Ranking`, as tags for `blocks.from_tags`.
+
+    sort the video keys of every row by share, descending, the lowest index first among equals
+    place in that row, or attention of those before -> WHOLE, pooled by 2^r, or ABSENT
+    text, and what the ranking forces -> WHOLE, in addition
+
+Nothing is read back from the device.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dit_sparse.kernels.blocks import ABSENT, WHOLE, BlockIndices
+from dit_sparse.kernels.ranking import Ranking
+from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Select, Tiers, TopHead, TopRow
+
+
+def select_blocks(select: Select, ranking: Ranking, blocks: BlockIndices) -> Tensor:
+    """Tags of all pairs of blocks, int8 `[heads, query_blocks, key_blocks]` on the device of the
+    ranking: `ABSENT`, `WHOLE`, or r > 0 for keys pooled by `2^r`. `blocks` gives the cuts."""
+    share = ranking.share
+    expected = (blocks.query_blocks, blocks.key_blocks)
+    if share.ndim != 3 or share.shape[1:] != expected:
+        raise ValueError(
+            f"a ranking must be [heads, {expected[0]}, {expected[1]}] for grid {blocks.grid} in "
+            f"blocks of {blocks.block_q} x {blocks.block_k}, got {tuple(share.shape)}"
+        )
+    rows, columns = _video(blocks, blocks.query_offsets), _video(blocks, blocks.key_offsets)
+    tags = torch.full_like(share, WHOLE, dtype=torch.int8)
+    tags[:, rows, columns] = _video_tags(select, share[:, rows, columns], blocks, columns)
+    return tags if ranking.forced is None else tags.masked_fill(ranking.forced, WHOLE)
+
+
+@lru_cache(maxsize=16)
+def key_blocks_of_frames(blocks: BlockIndices, frames: int) -> Tensor:
+    """Which blocks of keys hold tokens of the first `frames` frames of the video, whatever the
+    order, bool `[key_blocks]`."""
+    frame, _, _ = blocks.grid.coordinates(blocks.permutation)
+    early = ((frame >= 0) & (frame < frames)).cumsum(0)
+    return torch.nn.functional.pad(early, (1, 0))[blocks.key_offsets].diff() > 0
+
+
+def tier_densities(select: Tiers, recall: Tensor) -> Tensor:
+    """Density of each head, float64 `[heads]`, given the share of its attention that it keeps at
+    `select.density`, `[heads]`."""
+    heads = len(recall)
+    number = (recall > select.recall).sum().clamp_max(heads // 2)
+    place = _places(recall)
+    density = torch.full_like(recall, select.density, dtype=torch.float64)
+    density = density.masked_fill(place < number, select.density / 2)
+    return density.masked_fill(place >= heads - number, min(1.5 * select.density, 1.0))
+
+
+def _video_tags(select: Select, share: Tensor, blocks: BlockIndices, columns: slice) -> Tensor:
+    """Tags of the rows and columns of video, whose shares are `[heads, rows, columns]`."""
+    number = share.shape[-1]
+    match select:
+        case TopRow():
+            kept = _places(share) < _count(select.density, number)
+        case TopHead():
+            kept = _of_head(select.density, share)
+        case Cumulative():
+            least = max(math.ceil(select.floor * number - 1e-9), 1)
+            most = max(math.floor(select.cap * number + 1e-9), 1)
+            place = _places(share)
+            kept = (_before(share, select.mass) | (place < least)) & (place < most)
+        case Tiers():
+            place = _places(share)
+            attention = share.sum((1, 2))
+            kept_at_density = share.masked_fill(place >= _count(select.density, number), 0)
+            recall = kept_at_density.sum((1, 2)) / attention.where(attention > 0, 1)
+            count = (tier_densities(select, recall) * number).round().clamp_min(1)
+            kept = place < rearrange(count, "h -> h 1 1")
+        case Grouped():
+            first = key_blocks_of_frames(blocks, 1)[columns]
+            kept = torch.zeros_like(share, dtype=torch.bool)
+            for group in (first.nonzero()[:, 0], (~first).nonzero()[:, 0]):
+                if len(group):
+                    members = group.to(share.device)
+                    chosen = _places(share[..., members]) < _count(select.density, len(group))
+                    kept[..., members] = chosen
+        case Bands():
+            return _levels(select, share)
+    return torch.where(kept, WHOLE, ABSENT).to(torch.int8)
+
+
+def _levels(select: Bands, share: Tensor) -> Tensor:
+    """Finer levels overwrite coarser ones; something of every row is visited."""
+    place, number = _places(share), share.shape[-1]
+    tags = torch.where(place == 0, 3, ABSENT).to(torch.int8)
+    for level in (3, 2, 1, 0):
+        bound = select.bounds[level]
+        if select.by == "rank":
+            inside = place < round(bound * number)
+        else:
+            least = math.ceil(select.least * number - 1e-9)
+            inside = _before(share, bound) | (place < least)
+        tags = tags.masked_fill(inside, level)
+    return tags
+
+
+def _of_head(density: float, share: Tensor) -> Tensor:
+    _, rows, columns = share.shape
+    count = max(round(density * rows * columns), rows)
+    # The best of every row before all others; shares are at most 1.
+    urgent = share + 2.0 * (_places(share) == 0)
+    place = _places(rearrange(urgent, "h i j -> h (i j)"))
+    return rearrange(place < count, "h (i j) -> h i j", i=rows)
+
+
+def _before(share: Tensor, mass: float) -> Tensor:
+    """Whether the blocks sorted before this one hold less than `mass` of the attention of the row,
+    so that the one which reaches it is in. All of it is reached by all blocks only, and rows
+    without attention keep all."""
+    if mass == 1:
+        return torch.ones_like(share, dtype=torch.bool)
+    order = torch.sort(share, dim=-1, descending=True, stable=True).indices
+    ordered = share.double().gather(-1, order)
+    total = ordered.sum(-1, keepdim=True)
+    # Shares are float32: what is short of the mass by their rounding has reached it.
+    short = ordered.cumsum(-1) - ordered < (mass - 1e-7) * total
+    return torch.zeros_like(short).scatter(-1, order, short | (total == 0))
+
+
+def _places(share: Tensor) -> Tensor:
+    """Place of each entry in its sorted row, int64; the lowest index first among equals."""
+    return torch.sort(share, dim=-1, descending=True, stable=True).indices.argsort(-1)
+
+
+def _count(density: float, number: int) -> int:
+    return max(round(density * number), 1)
+
+
+def _video(blocks: BlockIndices, offsets: Tensor) -> slice:
+    """The blocks of video, which stand between those of text."""
+    start = blocks.grid.text_before
+    edges = torch.searchsorted(offsets, torch.tensor([start, start + blocks.grid.video]))
+    return slice(*edges.tolist())
