@@ -1,8 +1,6 @@
-from dataclasses import asdict
-
 """PlanSummary and its picture: densities head by head, at one grid or another."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
+from dit_sparse.kernels.order import TokenOrder, gilbert, pixel_major, raster, tile
 
-ORDERS = [raster(), pixel_major(), tile(1, 8, 8), tile(4, 4, 4), tile(2, 3, 5)]
+ORDERS = [raster(), pixel_major(), gilbert(), tile(1, 8, 8), tile(4, 4, 4), tile(2, 3, 5)]
 GRIDS = [
     TokenGrid(2, 5, 7, text_after=3),
     TokenGrid(3, 45, 80, text_before=5),
@@ -18,7 +18,9 @@ GRIDS = [
 ]
 
 sizes = st.integers(1, 9)
-orders = st.one_of(st.just(raster()), st.just(pixel_major()), st.builds(tile, sizes, sizes, sizes))
+orders = st.one_of(
+    st.sampled_from([raster(), pixel_major(), gilbert()]), st.builds(tile, sizes, sizes, sizes)
+)
 grids = st.builds(TokenGrid, sizes, sizes, sizes, st.integers(0, 9), st.integers(0, 9))
 
 
@@ -67,6 +69,30 @@ def test_pixel_major_puts_the_frames_of_a_pixel_side_by_side():
     assert pixel_major().permutation(TokenGrid(3, 1, 2)).tolist() == [0, 2, 4, 1, 3, 5]
 
 
+@settings(max_examples=60, deadline=None)
+@given(frames=sizes, height=sizes, width=st.integers(1, 20))
+def test_gilbert_steps_from_neighbor_to_neighbor(frames: int, height: int, width: int):
+    check_steps(TokenGrid(frames, height, width))
+
+
+@pytest.mark.parametrize("shape", [(21, 45, 80), (13, 30, 45), (31, 45, 81), (2, 45, 81)])
+def test_gilbert_steps_from_neighbor_to_neighbor_on_real_grids(shape: tuple[int, int, int]):
+    check_steps(TokenGrid(*shape))
+
+
+def check_steps(grid: TokenGrid):
+    """No step is diagonal, whatever the sizes."""
+    places = torch.stack(grid.coordinates(gilbert().permutation(grid)))
+    assert (places.diff().abs().sum(0) == 1).all()
+
+
+def test_gilbert_keeps_blocks_compact():
+    grid = TokenGrid(21, 45, 80)
+    places = torch.stack(grid.coordinates(gilbert().permutation(grid)))
+    extents = [block.amax(1) - block.amin(1) + 1 for block in places.split(128, 1)]
+    assert torch.stack(extents).double().mean(0).max() < 7, "128 tokens are a cube of 5"
+
+
 def test_tiles_follow_one_another_and_shrink_at_the_border():
     grid = TokenGrid(1, 3, 3)
     assert tile(1, 2, 2).permutation(grid).tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 8]
@@ -77,8 +103,9 @@ def test_tiles_follow_one_another_and_shrink_at_the_border():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("spiral",), "order must be raster, pixel_major or tile, got 'spiral'"),
+        (("spiral",), "order must be raster, pixel_major, tile or gilbert, got 'spiral'"),
         (("tile",), "order tile came with tile=None"),
+        (("gilbert", (1, 2, 2)), "order gilbert came with tile=(1, 2, 2)"),
         (("raster", (1, 2, 2)), "order raster came with tile=(1, 2, 2)"),
         (("tile", (0, 2, 2)), "three counts of at least 1, got (0, 2, 2)"),
     ],
