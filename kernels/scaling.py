@@ -1,13 +1,14 @@
 """Scaling: a pattern carried over to another token grid, or to another density."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.definition import Triple
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern, Radial, Scored
+from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern, Radial
+from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import at_density as select_at_density
 
 _HALVINGS = 24
@@ -28,14 +29,9 @@ def at_grid(pattern: Pattern, source: TokenGrid, grid: TokenGrid) -> Pattern:
             ]
             return replace(pattern, half_width=round(pattern.half_width * spans[1] / spans[0]))
         case Neighborhood():
-            window, stride = (
-                _triple(
-                    max(1, min(round(size * new / old), new))
-                    for size, old, new in zip(sizes, source.shape, grid.shape, strict=True)
-                )
-                for sizes in (pattern.window, pattern.stride)
-            )
-            return replace(pattern, window=window, stride=_least(stride, window))
+            factors = [new / old for old, new in zip(source.shape, grid.shape, strict=True)]
+            window = _scaled(pattern.window, factors, grid.shape)
+            return replace(pattern, window=window, stride=_scaled(pattern.stride, factors, window))
         case AnyOf():
             return replace(
                 pattern, patterns=tuple(at_grid(part, source, grid) for part in pattern.patterns)
@@ -81,11 +77,9 @@ def _family(pattern: Pattern, grid: TokenGrid) -> Callable[[float], Pattern]:
             most = max(n / w for n, w in zip(grid.shape, pattern.window, strict=True))
 
             def box(size: float) -> Neighborhood:
-                window = _triple(
-                    max(1, min(round(size * most * w), n))
-                    for w, n in zip(pattern.window, grid.shape, strict=True)
-                )
-                return replace(pattern, window=window, stride=_least(pattern.stride, window))
+                window = _scaled(pattern.window, (size * most,) * 3, grid.shape)
+                stride = _scaled(pattern.stride, (1.0, 1.0, 1.0), window)
+                return replace(pattern, window=window, stride=stride)
 
             return box
         case Radial(variant="repo"):
@@ -103,10 +97,10 @@ def _density(pattern: Pattern, grid: TokenGrid, block: int) -> float:
     return block_indices((pattern,), grid, block_q=block, block_k=block).density().block
 
 
-def _triple(numbers: object) -> Triple:
-    first, second, third = numbers  # type: ignore[misc]
+def _scaled(sizes: Triple, factors: Sequence[float], most: Triple) -> Triple:
+    """`sizes` times `factors`, rounded, in 1..`most`."""
+    first, second, third = (
+        max(1, min(round(size * factor), limit))
+        for size, factor, limit in zip(sizes, factors, most, strict=True)
+    )
     return first, second, third
-
-
-def _least(left: Triple, right: Triple) -> Triple:
-    return _triple(map(min, left, right))

@@ -5,7 +5,7 @@ of text are always visited, and stand outside the quota.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -151,6 +151,31 @@ class Grouped:
 
 
 Select = TopRow | TopHead | Cumulative | Bands | Tiers | Grouped
+
+
+_LEVELS = (1, 2, 4, 8)
+
+
+def at_density(select: Select, density: float) -> Select:
+    """The selection of the same kind that keeps a share `density` of the blocks of a row, keys of
+    a level of pooling counted as those that are computed.
+
+    >>> at_density(Bands((0.4, 0.5, 0.6, 0.8), "mass"), 0.25)
+    Bands(bounds=(0.2, 0.25, 0.3, 0.4), by='rank', least=0.0)
+    """
+    _check_density(density)
+    match select:
+        case Cumulative():
+            return replace(select, floor=density, cap=density)
+        case Bands():
+            shares = [high - low for low, high in pairwise((0.0, *select.bounds))]
+            weighted = sum(share / level for share, level in zip(shares, _LEVELS, strict=True))
+            first, second, third, fourth = (
+                min(round(bound * density / weighted, 9), 1.0) for bound in select.bounds
+            )
+            return Bands((first, second, third, fourth), "rank")
+        case TopRow() | TopHead() | Tiers() | Grouped():
+            return replace(select, density=density)
 
 
 def _check_density(density: float) -> None:

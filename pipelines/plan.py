@@ -6,7 +6,7 @@ the tables of the search, if there was one. A digest over both tells a plan from
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -15,13 +15,14 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
 from dit_sparse.pipelines.plan_file import ModelEntry, PlanFile, ScheduleEntry
+from dit_sparse.pipelines.presets import PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 
 Value = TypeVar("Value")
@@ -139,6 +140,46 @@ class Plan:
             block=block,
             provenance={"uniform": str(pattern)},
         )
+
+    @classmethod
+    def preset(
+        cls, name: str, pipe: Any, *, grid: Shape, steps: int, density: float | None = None
+    ) -> Self:
+        """The plan that a paper publishes, for the model, token grid and steps of a generation.
+
+        Windows and bands keep the share of every axis that they have on the grid of the paper,
+        dense and renewing steps their share of its steps.
+
+        Args:
+            name (`str`): one of `dit_sparse.pipelines.presets.PRESETS`.
+            pipe (`DiffusionPipeline`): of a known family.
+            grid (`tuple[int, int, int]`): frames, height and width in tokens.
+            steps (`int`): denoising steps of a generation.
+            density (`float`, *optional*): block density of the sparse steps, instead of the
+                published one.
+
+        Raises:
+            ValueError: if there is no such preset, or its pattern cannot have that density.
+
+        Example:
+
+            plan = Plan.preset("adaspa", pipe, grid=(21, 45, 80), steps=50)
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, came {name!r}")
+        fitted = PRESETS[name].fitted(TokenGrid(*grid), steps, density)
+        sparse = cls.uniform(
+            pipe,
+            fitted.pattern,
+            fitted.schedule,
+            fitted.remainder,
+            grid=grid,
+            block=fitted.block,
+        )
+        dense = list(sparse.assignment)[: fitted.dense_layers]
+        full = {path: (Full(),) * len(sparse.assignment[path]) for path in dense}
+        provenance = {"preset": name, "source": fitted.source, "density": density, "steps": steps}
+        return replace(sparse, assignment=sparse.assignment | full, provenance=provenance)
 
     def remainders_of(self, layer: str) -> tuple[Remainder, ...]:
         """The remainder of every head of a layer."""

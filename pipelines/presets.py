@@ -49,20 +49,32 @@ class Preset:
         """The same for another grid and number of steps, and at a block density if given."""
         pattern = at_grid(self.pattern, self.grid, grid)
         if density is not None:
-            pattern = at_density(pattern, density, grid, self.block)
+            pattern = at_density(pattern, self._listed(density), grid, self.block)
         share = steps / self.steps
         schedule = replace(
             self.schedule,
             dense_first=round(self.schedule.dense_first * share),
             dense_last=round(self.schedule.dense_last * share),
-            renew_every=_at_least_one(self.schedule.renew_every, share),
+            renew_every=_period(self.schedule.renew_every, share),
             renew_at=tuple(round(step * share) for step in self.schedule.renew_at),
         )
         return replace(self, grid=grid, steps=steps, pattern=pattern, schedule=schedule)
 
+    def _listed(self, density: float) -> float:
+        """The share of listed blocks that computes `density` together with the pooled others."""
+        if not isinstance(self.remainder, Pooled):
+            return density
+        least = 0.5**self.remainder.level
+        if density <= least:
+            raise ValueError(
+                f"density {density:g} is out of reach, {self.remainder} alone computes {least:g}"
+            )
+        return (density - least) / (1 - least)
 
-def _at_least_one(steps: int, share: float) -> int:
-    return max(1, round(steps * share)) if steps else 0
+
+def _period(steps: int, share: float) -> int:
+    """A scaled period; one of several steps does not become one of every step."""
+    return max(2, round(steps * share)) if steps > 1 else steps
 
 
 EVERY_STEP = Schedule(renew_every=1)

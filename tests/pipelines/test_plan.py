@@ -83,7 +83,7 @@ def test_G12_a_loaded_plan_has_the_same_masks(plan: Plan, saved: Path) -> None:
     "changes",
     [
         {"block": 32},
-        {"schedule": {"dense_first": 0, "dense_last": 1}},
+        {"schedule": dataclasses.asdict(Schedule(0, 1))},
         {"assignment": {"transformer.blocks.0.attn1": [0] * 5}},
         {"provenance": {}},
         {"digest": "0" * 64},

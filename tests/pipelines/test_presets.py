@@ -1,0 +1,90 @@
+import pytest
+
+from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Full, Neighborhood
+from dit_sparse.kernels.remainder import Drop, Pooled, Rescale
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.pipelines.hook import enable_sparse_attention
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.presets import PRESETS
+from dit_sparse.pipelines.schedule import Schedule
+from tests import tiny
+
+GRID = (3, 4, 4)
+every_preset = pytest.mark.parametrize("name", PRESETS)
+
+
+@every_preset
+def test_on_the_grid_and_steps_of_the_paper_a_preset_is_what_it_published(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.fitted(preset.grid, preset.steps, None) == preset
+
+
+@every_preset
+def test_a_preset_is_an_ordinary_plan_that_runs(name: str) -> None:
+    pipe = tiny.wan(layers=3)
+    plan = Plan.preset(name, pipe, grid=GRID, steps=6)
+    assert plan.provenance["preset"] == name
+    preset = PRESETS[name]
+    first = list(plan.assignment.values())[: preset.dense_layers]
+    assert all(set(heads) == {Full()} for heads in first)
+    with enable_sparse_attention(pipe, plan) as hook:
+        output = tiny.generate(pipe, num_inference_steps=6)
+        report = hook.report()
+    assert output.isfinite().all()
+    assert report.sparse_calls > 0
+    dense = report.dense_calls.get("dense steps of the schedule", 0)
+    share = preset.schedule.dense_first / preset.steps
+    assert dense == round(6 * share) * (3 - preset.dense_layers) * 2
+
+
+def test_steps_keep_their_share_of_the_generation() -> None:
+    pipe = tiny.wan()
+
+    def schedule(name: str, steps: int) -> Schedule:
+        return Plan.preset(name, pipe, grid=GRID, steps=steps).schedule
+
+    assert schedule("adaspa", 50) == Schedule(dense_first=9, renew_at=(29,))
+    assert schedule("adaspa", 20) == Schedule(dense_first=4, renew_at=(12,))
+    assert schedule("re-ttention", 20) == Schedule(dense_first=6, renew_every=2)
+    assert schedule("sparsed", 1024) == Schedule(dense_first=205)
+    assert schedule("asa", 8) == Schedule(renew_every=1)
+
+
+def test_presets_keep_their_remainders() -> None:
+    pipe = tiny.wan()
+    for name, remainder in (("re-ttention", Rescale()), ("asa-g", Pooled(5)), ("gna", Drop())):
+        plan = Plan.preset(name, pipe, grid=GRID, steps=20)
+        assert {r for layer in plan.assignment for r in plan.remainders_of(layer)} == {remainder}
+
+
+def test_another_density_can_be_asked() -> None:
+    pipe, grid = tiny.wan(), (8, 16, 16)
+    for asked in (0.2, 0.5):
+        for name in ("gna", "sta"):
+            plan = Plan.preset(name, pipe, grid=grid, steps=20, density=asked)
+            heads = list(plan.assignment.values())[-1]
+            blocks = block_indices(heads, TokenGrid(*grid), block_q=plan.block, block_k=plan.block)
+            assert blocks.density().block == pytest.approx(asked, abs=0.16)
+    heads = next(
+        iter(Plan.preset("adaspa", pipe, grid=grid, steps=20, density=0.3).assignment.values())
+    )
+    assert isinstance(heads[0], Scored)
+    assert heads[0].select.density == 0.3  # type: ignore[union-attr]
+    pooled = PRESETS["asa-g"].fitted(TokenGrid(*grid), 20, 0.3).pattern
+    assert isinstance(pooled, Scored)
+    kept = pooled.select.cap  # type: ignore[union-attr]
+    assert kept + (1 - kept) / 32 == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"density 0.03 is out of reach, pooled by 32 alone"):
+        Plan.preset("asa-g", pipe, grid=grid, steps=20, density=0.03)
+
+
+def test_sliding_tiles_are_those_of_the_paper() -> None:
+    plan = Plan.preset("sta", tiny.wan(), grid=(30, 48, 80), steps=50)
+    assert next(iter(plan.assignment.values()))[0] == Neighborhood((18, 24, 24), (6, 8, 8))
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match=r"preset: expected one of adaspa, .*, came 'ada'"):
+        Plan.preset("ada", tiny.wan(), grid=GRID, steps=20)
