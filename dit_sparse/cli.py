@@ -219,8 +219,21 @@ def generate(
 @app.command()
 def compare(
     model: ModelOption,
-    plan: Annotated[list[str], typer.Option(metavar="DIR", help="A plan; may be repeated.")],
     out: OutOption,
+    plan: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="A plan; may be repeated.")
+    ] = None,
+    presets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Published settings: all, everything (with baselines), or adaspa,gna,...",
+        ),
+    ] = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Presets also at this density of the sparse steps; may be repeated."),
+    ] = None,
     prompts: PromptsOption = None,
     prompt: PromptOption = None,
     overwrite: OverwriteOption = False,
@@ -242,14 +255,23 @@ def compare(
     from dit_sparse.runs import prepare_folder
 
     asked = prompts_of(prompts, prompt)
-    plans = {_name(source): _plan(source) for source in plan}
-    if len(plans) < len(plan):
+    if not plan and presets is None:
+        raise typer.BadParameter("give --plan DIR or --presets NAMES")
+    plans = {_name(source): _plan(source) for source in plan or ()}
+    if len(plans) < len(plan or ()):
         raise ValueError("two of the plans have the same folder name; rename one")
     _refuse_existing(out / "comparison.json", overwrite)
     session = _session(
         model, steps=steps, seed=seed, height=height, width=width, frames=frames,
         guidance=guidance, dtype=dtype, device=device, backend=backend,
     )  # fmt: skip
+    if presets is not None:
+        from dit_sparse.preset_plans import preset_plans
+
+        found, reasons = preset_plans(presets, density or (), session.pipe, session.settings)
+        for name, reason in reasons.items():
+            say(f"left out {name}: {reason}")
+        plans |= found
     for loaded in plans.values():
         check(session.pipe, session.settings, loaded)
     prepare_folder(out)

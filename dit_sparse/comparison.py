@@ -251,9 +251,10 @@ def _run(
 def _warm_up(
     pipe: Any, plan: Plan | None, prompt: Prompt, settings: Settings, on_step: OnStep | None
 ) -> float:
-    # The fewest steps of which one runs sparse, and one more that may renew.
-    dense = -1 if plan is None else plan.schedule.dense_first + plan.schedule.dense_last
-    short = replace(settings, steps=min(dense + 2, settings.steps))
+    # The fewest steps of which one runs sparse; the first of a plan that renews may not.
+    dense = 0 if plan is None else plan.schedule.dense_first + plan.schedule.dense_last
+    renewing = plan is not None and plan.renews
+    short = replace(settings, steps=min(dense + 1 + renewing, settings.steps))
     return _run(pipe, plan, prompt, settings.seed, short, on_step)[0].seconds
 
 

@@ -20,13 +20,17 @@ def comparison_table(comparison: "Comparison") -> Group:
     table = Table(box=SIMPLE)
     table.add_column("plan")
     density = ("element", "block", "weighted")
-    for column in (*density, "seconds", "speed-up", "low-high", "PSNR dB", "worst", "SSIM"):
+    figures = ("FLOPs", "cache MB", "seconds", "speed-up", "low-high", "PSNR dB", "worst", "SSIM")
+    for column in (*density, *figures):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_row("dense", "1", "1", "1", f"{comparison.dense.seconds.median:.2f}", "1")
+    seconds = f"{comparison.dense.seconds.median:.2f}"
+    table.add_row("dense", "1", "1", "1", "1", "0", seconds, "1")
     for plan in comparison.plans:
         table.add_row(
             plan.name,
             *(f"{plan.density[kind]:.3f}" for kind in density),
+            f"{plan.flops:.3f}",
+            f"{plan.cache_bytes / 1e6:.1f}",
             f"{plan.seconds.median:.2f}",
             f"{plan.speedup.median:.2f}",
             f"{plan.speedup.low:.2f}-{plan.speedup.high:.2f}",
@@ -41,6 +45,7 @@ def comparison_table(comparison: "Comparison") -> Group:
         f"{prompts} prompt{'s' * (prompts > 1)}",
         table,
         "element, block, weighted: densities over all self-attention calls, dense ones as 1",
+        "FLOPs: of self-attention, searches and caches included, in those of dense",
         "PSNR and SSIM: against dense, on 8-bit RGB frames before encoding",
     )
 

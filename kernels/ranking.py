@@ -3,6 +3,7 @@ keys, and the pairs of blocks that are visited whatever their share.
 
     Mass     sum over rows, keys of exp(s - lse)
     Sampled  max over rows i of exp(r[i, j] - max over j of r[i, j]),  r[i, j] = max over keys of s
+    Random   a number from a generator of its own
     Means    softmax over j of  scale * mean(q) . mean(k) + ln(keys),  k less the mean of all keys
 
 each divided by its sum over the blocks of keys. Shares are averaged over the batch, so that both
@@ -19,7 +20,7 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.sample import sampled
-from dit_sparse.kernels.score import Mass, Means, Sampled, Score
+from dit_sparse.kernels.score import Mass, Means, Random, Sampled, Score
 from dit_sparse.kernels.tiling import Tiling, real_tokens
 
 _AT_ONCE = 1 << 24  # logits held in one step
@@ -85,6 +86,10 @@ def score_blocks(
             return Ranking(_shares(mass.clamp_max(torch.finfo(mass.dtype).max / mass.shape[-1])))
         case Sampled():
             return Ranking(_shares(_largest(score, query, key, blocks, factor)))
+        case Random():
+            generator = torch.Generator().manual_seed(score.seed)
+            shape = 1, query.shape[2], blocks.query_blocks, blocks.key_blocks
+            return Ranking(_shares(torch.rand(shape, generator=generator).to(query.device)))
         case Means():
             return _of_means(score, query, key, blocks, factor)
 

@@ -90,4 +90,20 @@ class Means:
         return f"means alike above {self.similarity:g}"
 
 
-Score = Mass | Sampled | Means
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Blocks drawn by lot, the same at every step: what any other score has to beat."""
+
+    kind: ClassVar[str] = "random"
+    needs_lse: ClassVar[bool] = False
+    seed: int = 0
+
+    def cost(self, block: int) -> float:
+        """FLOPs in those of dense attention: none."""
+        return 0.0
+
+    def __str__(self) -> str:
+        return f"random {self.seed}"
+
+
+Score = Mass | Sampled | Means | Random

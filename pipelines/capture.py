@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
@@ -60,6 +61,47 @@ def observe_attention(pipe: Any, observer: Observer) -> Iterator[None]:
     finally:
         for binding in bindings:
             binding.detach()
+
+
+class _Seen(Exception):
+    """Ends a run at its first self-attention call."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        super().__init__(str(grid))
+        self.grid = grid
+
+
+def observed_grid(pipe: Any, **arguments: Any) -> TokenGrid:
+    """The token grid of a generation with these arguments, read off its first attention call.
+
+    Raises:
+        ValueError: if the pipeline makes no self-attention call.
+    """
+
+    def stop(
+        site: AttentionSite,
+        branch: str,
+        step: int,
+        steps: int,
+        grid: TokenGrid,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        raise _Seen(grid)
+
+    try:
+        with observe_attention(pipe, stop):
+            pipe(
+                prompt="",
+                num_inference_steps=1,
+                generator=torch.Generator("cpu").manual_seed(0),
+                output_type="latent",
+                **arguments,
+            )
+    except _Seen as seen:
+        return seen.grid
+    raise ValueError("no self-attention call of the pipeline was seen; is it a known family?")
 
 
 class _Receiver:

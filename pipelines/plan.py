@@ -17,12 +17,13 @@ from torch import Tensor
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
+from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
 from dit_sparse.pipelines.plan_file import ModelEntry, PlanFile, ScheduleEntry
-from dit_sparse.pipelines.presets import PRESETS
+from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 
 Value = TypeVar("Value")
@@ -151,7 +152,7 @@ class Plan:
         dense and renewing steps their share of its steps.
 
         Args:
-            name (`str`): one of `dit_sparse.pipelines.presets.PRESETS`.
+            name (`str`): one of `PRESETS` or `COMBINATIONS` of `dit_sparse.pipelines.presets`.
             pipe (`DiffusionPipeline`): of a known family.
             grid (`tuple[int, int, int]`): frames, height and width in tokens.
             steps (`int`): denoising steps of a generation.
@@ -165,9 +166,10 @@ class Plan:
 
             plan = Plan.preset("adaspa", pipe, grid=(21, 45, 80), steps=50)
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, came {name!r}")
-        fitted = PRESETS[name].fitted(TokenGrid(*grid), steps, density)
+        known = PRESETS | COMBINATIONS
+        if name not in known:
+            raise ValueError(f"preset: expected one of {', '.join(known)}, came {name!r}")
+        fitted = known[name].fitted(TokenGrid(*grid), steps, density)
         sparse = cls.uniform(
             pipe,
             fitted.pattern,
@@ -180,6 +182,14 @@ class Plan:
         full = {path: (Full(),) * len(sparse.assignment[path]) for path in dense}
         provenance = {"preset": name, "source": fitted.source, "density": density, "steps": steps}
         return replace(sparse, assignment=sparse.assignment | full, provenance=provenance)
+
+    @property
+    def renews(self) -> bool:
+        """Whether a layer keeps anything from one step for the next: blocks that it found, caches
+        of remainders."""
+        patterns = chain.from_iterable(self.assignment.values())
+        remainders = chain.from_iterable(self.remainders.values())
+        return any(isinstance(p, Scored) for p in patterns) or any(r.cached for r in remainders)
 
     def remainders_of(self, layer: str) -> tuple[Remainder, ...]:
         """The remainder of every head of a layer."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import AnyOf, Band, Neighborhood, Pattern, Radial, Sink
-from dit_sparse.kernels.remainder import Drop, Pooled, Remainder, Rescale
+from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
 from dit_sparse.kernels.scaling import at_density, at_grid
-from dit_sparse.kernels.score import Mass, Means, Sampled
+from dit_sparse.kernels.score import Mass, Means, Random, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Tiers, TopRow
 from dit_sparse.pipelines.schedule import Schedule
@@ -155,3 +155,63 @@ PRESETS: dict[str, Preset] = {
         EVERY_STEP,
     ),
 }
+
+COMBINATIONS: dict[str, Preset] = {
+    "random": Preset(
+        "a baseline: blocks drawn by lot",
+        WAN,
+        50,
+        Scored(Random(), TopRow(0.2)),
+        Schedule(dense_first=10),
+    ),
+    "mass-each-step": Preset(
+        "a baseline: the blocks of most attention, found anew at every step",
+        WAN,
+        50,
+        Scored(Mass(rows=None), TopRow(0.2)),
+        Schedule(dense_first=10, renew_every=1),
+    ),
+    "random+complement": Preset(
+        "blocks drawn by lot, merged with what they left out at the last dense step",
+        WAN,
+        50,
+        Scored(Random(), TopRow(0.2)),
+        Schedule(dense_first=10, renew_every=12),
+        Complement(),
+    ),
+    "adaspa+complement": Preset(
+        "AdaSpa's blocks, merged with what they left out at the last dense step",
+        HUNYUAN,
+        50,
+        Scored(Mass(rows=None), Tiers(0.2)),
+        Schedule(dense_first=9, renew_every=12),
+        Complement(),
+        block=64,
+    ),
+    "adaspa+pooled": Preset(
+        "AdaSpa's blocks, and means of eight keys of all others",
+        HUNYUAN,
+        50,
+        Scored(Mass(rows=None), Tiers(0.2)),
+        Schedule(dense_first=9, renew_at=(29,)),
+        Pooled(3),
+        block=64,
+    ),
+    "gna+complement": Preset(
+        "GNA's windows, merged with what they left out at the last dense step",
+        HUNYUAN,
+        50,
+        Neighborhood((18, 24, 24), (16, 8, 8)),
+        Schedule(dense_first=10, renew_every=12),
+        Complement(),
+    ),
+    "gna+pooled": Preset(
+        "GNA's windows, and means of eight keys of all other blocks",
+        HUNYUAN,
+        50,
+        Neighborhood((18, 24, 24), (16, 8, 8)),
+        Schedule(dense_first=15),
+        Pooled(3),
+    ),
+}
+"""Baselines, and what no paper combines."""

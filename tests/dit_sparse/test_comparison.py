@@ -1,6 +1,7 @@
 """Comparison on a tiny model: what is measured, in which order, and what is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from dit_sparse.comparison import compare, spread, write_comparison, write_videos
 from dit_sparse.generate import Sample, sample
+from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.metrics import PSNR_CAP
 from dit_sparse.pipelines.load import load_pipeline
 from dit_sparse.pipelines.plan import Plan
+from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import Prompt
 from dit_sparse.settings import Settings
 from dit_sparse.video import read_video
@@ -54,7 +57,7 @@ def test_comparison(
     assert band.density_sparse is not None
     assert set(band.density) == set(band.density_sparse) == DENSITIES
     # One of three steps is dense, in both branches of both layers.
-    assert band.dense_calls == {"dense steps: first 1, last 0": 4}
+    assert band.dense_calls == {"dense steps of the schedule": 4}
     for kind, value in band.density.items():
         assert value == pytest.approx((1 + 2 * band.density_sparse[kind]) / 3)
     assert band.density["element"] < band.density["block"] < 1
@@ -82,6 +85,30 @@ def test_comparison(
     assert read_video(tmp_path / "side-by-side.mp4").shape == (5, 284, 3 * 256 + 2 * 4, 3)
 
 
+def test_presets_are_measured_like_plans(model: Path) -> None:
+    pipe = load_pipeline(model, torch.float32, "cpu")
+    settings = replace(SETTINGS, steps=4)
+    names = "adaspa, gna+complement,asa-g"
+    plans, reasons = preset_plans(names, (0.5, 0.02), pipe, settings)
+    assert list(plans) == [
+        f"{name}{at}" for at in ("", "@0.5", "@0.02") for name in names.replace(" ", "").split(",")
+        if (name, at) != ("asa-g", "@0.02")
+    ]  # fmt: skip
+    assert "density 0.02 is out of reach" in reasons["asa-g@0.02"]
+    chosen = {name: plans[name] for name in ("adaspa", "gna+complement")}
+    assert chosen["adaspa"].grid == (2, 4, 4)
+    result = compare(pipe, model, PROMPTS[:1], settings, chosen)
+    adaspa, merged = result.plans
+    assert adaspa.dense_calls == {"dense steps of the schedule": 4, "renewal": 4}
+    assert merged.cache_bytes == 2 * chosen["gna+complement"].cache_bytes(TokenGrid(2, 4, 4))
+    assert adaspa.cache_bytes > 0
+    assert set(adaspa.stages) == {"attention", "search", "remainder"}
+    for plan in result.plans:
+        assert plan.density["weighted"] < plan.flops
+    with pytest.raises(ValueError, match="preset: expected one of adaspa"):
+        preset_plans("adaspam", (), pipe, settings)
+
+
 def test_order_alternates_between_prompts(
     model: Path, plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,8 +118,9 @@ def test_order_alternates_between_prompts(
 
     def run(_pipe: object, plan: Plan | None, *_: object) -> tuple[Sample, dict | None]:
         order.append("dense" if plan is None else "sparse")
-        density = {"density": {}, "density_sparse": None, "seconds": 0.0, "dense_calls": {}}
-        return one, None if plan is None else density
+        summary = {"density": {}, "density_sparse": None, "seconds": 0.0, "dense_calls": {}}
+        summary |= {"flops": 1.0, "cache_bytes": 0, "stages": {}}
+        return one, None if plan is None else summary
 
     monkeypatch.setattr("dit_sparse.comparison._run", run)
     compare(pipe, model, PROMPTS, SETTINGS, {"p": Plan.from_pretrained(plans["band"])})

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full
-from dit_sparse.pipelines.capture import AttentionSite, observe_attention
+from dit_sparse.pipelines.capture import AttentionSite, observe_attention, observed_grid
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from tests import tiny
@@ -99,3 +99,16 @@ def test_a_bare_transformer_does_not_know_its_step() -> None:
         pytest.raises(ValueError, match="the denoising step cannot be told"),
     ):
         transformer(torch.zeros(1, 16, 3, 8, 8), torch.tensor([1]), torch.zeros(1, 16, 32))
+
+
+def test_the_grid_of_a_run_is_read_off_its_first_call() -> None:
+    pipe = tiny.wan()
+    expected = tiny.generate(pipe)
+    state = torch.get_rng_state()
+    assert observed_grid(pipe, height=96, width=64, num_frames=5) == TokenGrid(2, 6, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(tiny.generate(pipe), expected)
+    cog = observed_grid(
+        tiny.cogvideox(), height=64, width=64, num_frames=9, max_sequence_length=16
+    )
+    assert cog == TokenGrid(3, 4, 4, text_before=16)

@@ -7,17 +7,18 @@ from dit_sparse.kernels.remainder import Drop, Pooled, Rescale
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
-from dit_sparse.pipelines.presets import PRESETS
+from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 from tests import tiny
 
 GRID = (3, 4, 4)
-every_preset = pytest.mark.parametrize("name", PRESETS)
+KNOWN = PRESETS | COMBINATIONS
+every_preset = pytest.mark.parametrize("name", KNOWN)
 
 
 @every_preset
 def test_on_the_grid_and_steps_of_the_paper_a_preset_is_what_it_published(name: str) -> None:
-    preset = PRESETS[name]
+    preset = KNOWN[name]
     assert preset.fitted(preset.grid, preset.steps, None) == preset
 
 
@@ -26,7 +27,7 @@ def test_a_preset_is_an_ordinary_plan_that_runs(name: str) -> None:
     pipe = tiny.wan(layers=3)
     plan = Plan.preset(name, pipe, grid=GRID, steps=6)
     assert plan.provenance["preset"] == name
-    preset = PRESETS[name]
+    preset = KNOWN[name]
     first = list(plan.assignment.values())[: preset.dense_layers]
     assert all(set(heads) == {Full()} for heads in first)
     with enable_sparse_attention(pipe, plan) as hook:
