@@ -303,6 +303,7 @@ def test_SD2_each_group_has_its_own_quota():
     first = torch.tensor(
         [bool((grid.coordinates(blocks.key_tokens(j))[0] == 0).any()) for j in range(23)]
     )
+    assert torch.equal(key_blocks_of_frames(blocks, 1), first)
     share[..., first] += 5.0  # which would take the whole quota
     tags = select_blocks(Grouped(0.3), Ranking(share), blocks)
     rows, columns = video_of(blocks)
@@ -340,7 +341,9 @@ def test_AD6_a_drift_that_a_block_shares_changes_nothing_but_one_within_it_can(o
 
     def kept(lse: Tensor) -> Tensor:
         ranking = score_blocks(Mass(None), query, key, blocks, lse=lse)
-        return select_blocks(TopRow(0.3), ranking, blocks)
+        return torch.stack(
+            [select_blocks(select, ranking, blocks) for select in (TopRow(0.3), TopHead(0.3))]
+        )
 
     block = torch.empty(grid.tokens, dtype=torch.int64)
     for i in range(blocks.query_blocks):
