@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_sparse.kernels.band import Band
 from dit_sparse.kernels.columns import Columns, Sink
 from dit_sparse.kernels.definition import Definition, Triple, shape
+from dit_sparse.kernels.error import Metric
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.neighborhood import Neighborhood
 from dit_sparse.kernels.order import TokenOrder
@@ -25,6 +26,7 @@ __all__ = [
     "PATTERNS",
     "AnyOf",
     "Band",
+    "Choice",
     "Columns",
     "Full",
     "Neighborhood",
@@ -123,7 +125,64 @@ class AnyOf(Definition):
         return " + ".join(map(str, self.patterns))
 
 
-Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf | Scored
+Option = Skip | Band | Columns | Neighborhood | Radial | AnyOf
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Definition):
+    """For each head the one of `patterns` that it does best with, chosen while denoising.
+
+    Error of the output on a few rows plus `price` times block density is least; above `limit` the
+    head is full. The profiler of Sparse VideoGen (arXiv 2502.01776, section 4.1), and the rule of
+    Sparse-vDiT (arXiv 2506.03065, section 4.2), which applies it offline.
+
+    Attributes:
+        patterns: to choose from, two at least.
+        rows: queries that are looked at.
+        metric: of the error, see `error.pattern_error`.
+        price, limit: the papers' lambda and epsilon; no limit if `None`.
+    """
+
+    kind: ClassVar[str] = "choice"
+    patterns: tuple[Option, ...]
+    rows: int = 64
+    metric: Metric = "mse"
+    price: float = 0.0
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.patterns)) < max(len(self.patterns), 2):
+            raise ValueError(
+                f"patterns of a choice must be two or more and different, got {self.patterns}"
+            )
+        wrong = [p for p in self.patterns if not isinstance(p, get_args(Option))]
+        if wrong:
+            known = ", ".join(option.kind for option in get_args(Option))
+            raise ValueError(f"patterns of a choice must be of kind {known}, got {wrong[0]}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}; 64 are usual")
+        if self.price < 0:
+            raise ValueError(f"price must not be negative, got {self.price}")
+
+    def refusal(self, grid: TokenGrid) -> str | None:
+        return (
+            f"what a head chooses is known only while denoising, so {self} has no pairs on grid "
+            f"{grid}; take one of its patterns here"
+        )
+
+    def pairs(self, grid: TokenGrid, queries: Tensor, keys: Tensor) -> Tensor:
+        raise ValueError(self.refusal(grid))
+
+    def __str__(self) -> str:
+        rule = f", price {self.price:g}" if self.price else ""
+        rule += "" if self.limit is None else f", limit {self.limit:g}"
+        return f"choice of {' or '.join(map(str, self.patterns))} by {self.metric}{rule}"
+
+
+Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf | Choice | Scored
+Found = Choice | Scored
+"""Patterns whose blocks are known only while denoising."""
+
 PATTERNS: dict[str, type[Pattern]] = {pattern.kind: pattern for pattern in get_args(Pattern)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Columns
-from dit_sparse.search.rows import row_weights
+from dit_sparse.kernels.rows import row_weights
 from dit_sparse.search.space import LADDER
 
 CHUNK_BYTES = 2**28

@@ -25,7 +25,7 @@ from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.columns import column_counts, columns, columns_cost
-from dit_sparse.search.error import Metric
+from dit_sparse.kernels.error import Metric
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.observer import Calibration, Scoring
 from dit_sparse.search.space import Candidate, candidates
@@ -72,7 +72,7 @@ def search_plan(
         block (`int`): tokens of a query block and of a key block.
         observe_steps (`int`): how many of the sparse steps to look at.
         rows (`int`): query rows to sample in each call.
-        metric (`str`): of the error, see `search.error.pattern_error`.
+        metric (`str`): of the error, see `kernels.error.pattern_error`.
         through_wo (`bool`): whether errors are taken through the output projection.
         progress (`Callable`, *optional*): told (steps done, steps in all) after every step.
 

@@ -17,8 +17,8 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Pattern
 from dit_sparse.pipelines.capture import AttentionSite
 from dit_sparse.search.columns import column_mass
-from dit_sparse.search.error import Metric, pattern_error
-from dit_sparse.search.rows import sample_rows, valid_tokens
+from dit_sparse.kernels.error import Metric, pattern_error
+from dit_sparse.kernels.rows import sample_rows, valid_tokens
 
 MASK_CACHE_BYTES = 2**29
 """Row masks of the shared candidates are kept between calls up to this size."""

@@ -149,7 +149,7 @@ def test_its_json_is_nested_values():
     [
         (
             {"score": {"kind": "guess"}},
-            "score of pattern 'scored' must be a score of kind mass, sampled, means, got "
+            "score of pattern 'scored' must be a score of kind mass, sampled, means, random, got "
             "{'kind': 'guess'}",
         ),
         ({"score": {"kind": ["mass"]}}, "score of pattern 'scored' must be a score of kind"),
@@ -157,7 +157,7 @@ def test_its_json_is_nested_values():
         ({"score": TOP}, "score of pattern 'scored' must be a score of kind mass"),
         (
             {"select": {"kind": "top"}},
-            "select of pattern 'scored' must be a selection of kind top_row, top_head, cumulative",
+            "select of pattern 'scored' must be a select of kind top_row, top_head, cumulative",
         ),
         ({"score": {"kind": "mass", "row": 3}}, "score 'mass' has no field row; it takes rows"),
         (
@@ -165,14 +165,14 @@ def test_its_json_is_nested_values():
             "rows of score 'mass' must be an integer or null, got 1.5",
         ),
         ({"score": {"kind": "mass", "rows": 0}}, "rows must be in 1..64, got 0"),
-        ({"select": {"kind": "top_row"}}, "selection 'top_row' is incomplete"),
+        ({"select": {"kind": "top_row"}}, "select 'top_row' is incomplete"),
         (
             {"select": {"kind": "bands", "bounds": [0.1, 0.2], "by": "rank"}},
-            "bounds of selection 'bands' must be four numbers, got [0.1, 0.2]",
+            "bounds of select 'bands' must be four numbers, got [0.1, 0.2]",
         ),
         (
             {"select": {"kind": "bands", "bounds": [0, 0, 0, 1], "by": "size"}},
-            "by of selection 'bands' must be one of 'rank', 'mass', got 'size'",
+            "by of select 'bands' must be one of 'rank', 'mass', got 'size'",
         ),
         ({"token_order": "tile"}, "token_order of pattern 'scored' must be one of 'raster', 'pix"),
         ({"sink_frames": -1}, "sink_frames must not be negative, got -1; use 0 for no sink"),
@@ -185,7 +185,7 @@ def test_wrong_json_is_named(changes: dict[str, Any], message: str):
 
 
 def test_wrong_values_are_named():
-    with pytest.raises(ValueError, match="score must be one of Mass, Sampled, Means, got 'spir"):
+    with pytest.raises(ValueError, match="score must be one of Mass, Sampled, Means, Random, got 'sp"):
         Scored(WRONG, TopRow(0.3))
     with pytest.raises(ValueError, match="select must be one of TopRow, TopHead, Cumulative"):
         Scored(Mass(), WRONG)

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from dit_sparse.search.rows import row_weights
+from dit_sparse.kernels.rows import row_weights
 
 Metric = Literal["relative", "mse", "sum_d"]
 Masks = Callable[[slice], Iterable[Tensor]]

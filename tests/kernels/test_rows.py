@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.search.rows import row_weights, sample_rows, valid_tokens
+from dit_sparse.kernels.rows import row_weights, sample_rows, valid_tokens
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(3840, 128), (17776, 64), (100, 99), (7, 7)])
