@@ -90,6 +90,8 @@ class Scoring:
         at: the denoising steps to look at.
         rows: query rows to sample.
         metric: of the error.
+
+    `query` is one number in the shape, dtype and place of the first query that was scored.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Scoring:
         metric: Metric,
     ) -> None:
         self.error = Mean()
+        self.query: Tensor | None = None
         self._modules = modules
         self._grid = grid
         self._shared = shared
@@ -127,6 +130,8 @@ class Scoring:
         if step not in self._at:
             return
         common_grid(self._grid, grid)
+        if self.query is None:
+            self.query = query.new_empty(()).expand(query.shape)
         self._rows = self._rows.to(query.device)
         error = pattern_error(
             query,
