@@ -9,6 +9,7 @@ from dit_sparse.kernels.blocks import Density, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Pattern
 from dit_sparse.pipelines.plan import Plan
+from dit_sparse.search.choices import Choices, choices
 
 Shape = tuple[int, int, int]
 
@@ -35,6 +36,8 @@ class PlanSummary:
         grid: (frames, height, width) in tokens, which the densities hold for.
         schedule: {dense_first, dense_last} in denoising steps.
         predicted: what the search expected.
+        achieved: what generated videos showed; empty where none were compared.
+        choices: why each head runs what it runs; None for a plan without evidence.
     """
 
     digest: str
@@ -46,6 +49,8 @@ class PlanSummary:
     block: int
     schedule: dict[str, int]
     predicted: dict[str, Any]
+    achieved: dict[str, Any]
+    choices: Choices | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values under the names of the command line's contract."""
@@ -66,6 +71,8 @@ class PlanSummary:
             "block": self.block,
             "schedule": self.schedule,
             "predicted": self.predicted,
+            "achieved": self.achieved,
+            "choices": None if self.choices is None else self.choices.to_dict(),
         }
 
 
@@ -95,6 +102,8 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
             "dense_last": plan.schedule.dense_last,
         },
         predicted=plan.provenance.get("predicted", {}),
+        achieved=plan.provenance.get("achieved", {}),
+        choices=choices(plan),
     )
 
 
