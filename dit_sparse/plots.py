@@ -145,12 +145,14 @@ def _show_curve(axes: Axes, choices: Choices) -> None:
     axes.annotate(
         f"this plan: {error:.3g} at {cost:.3g}",
         (cost, error),
-        xytext=(10, 10),
+        xytext=(10, 10) if cost < 0.5 else (-10, 10),
+        ha="left" if cost < 0.5 else "right",
         textcoords="offset points",
         fontsize=8,
     )
     least = min((each for each in (*errors, error) if each > 0), default=1.0)
-    axes.set_yscale("symlog", linthresh=least)
+    # Full attention has error 0, which is one decade below the others.
+    axes.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(least)))
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"mean {choices.cost} of attention", fontsize=8)
     axes.set_ylabel("predicted error", fontsize=8)

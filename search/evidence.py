@@ -133,6 +133,8 @@ class Evidence:
                 return f"should have the shape {expected}, {name} has {tuple(table.shape)}"
             if table.isnan().any() or (table < 0).any():
                 return f"should hold numbers of at least 0, {name} holds others"
+        if type(self.block) is not int or self.block < 1:
+            return f"should have blocks of at least 1 token, came {self.block!r}"
         blocks = -(-self.grid.video // self.block)
         if tuple(self.column_mass.shape) != (*expected[:2], blocks):
             return (

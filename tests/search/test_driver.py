@@ -13,10 +13,11 @@ from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
 from dit_sparse.pipelines.capture import observe_attention
 from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, Schedule
-from dit_sparse.search import generations
+from dit_sparse.search import fidelity, generations
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import observed_steps, resolve, search_plan
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.timing import Timing
 from tests import tiny
 
 PROMPTS = ("a cat", "a dog", "a bird")
@@ -297,6 +298,58 @@ def sparse_off(pipe: Any) -> Iterator[None]:
         yield
     finally:
         disable_sparse_attention(pipe)
+
+
+def untouched(*_: Any) -> None:
+    raise AssertionError("the pipeline was used")
+
+
+def test_every_budget_is_solved_from_the_evidence(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.WanPipeline.__call__", untouched)
+    error = resolve(plan, Budget(density=0.4)).provenance["predicted"]["error"]
+    predicted = resolve(plan, Budget(error=error)).provenance["predicted"]
+    assert predicted["error"] <= error * (1 + 1e-6)
+    assert predicted["density"] == pytest.approx(0.4, abs=0.1)
+
+    timing = Timing.of_plan(plan)
+    assert timing is not None
+    assert 0 < timing.attention_share < 1
+    assert (timing.steps, timing.sparse_steps) == (4, 4)
+    asked = timing.speedup(0.5)
+    faster = resolve(plan, Budget(speedup=asked)).provenance["predicted"]
+    assert faster["speedup"] >= asked * (1 - 1e-6)
+    latency = resolve(plan, Budget(latency=timing.dense_seconds / asked))
+    assert latency.provenance["predicted"] == faster
+    assert latency.provenance["budget"].startswith("latency=")
+    with pytest.raises(ValueError, match="needs the model: search with"):
+        resolve(plan, Budget(psnr=30))
+
+
+def test_a_psnr_is_held_by_the_videos(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "CHECKS", 3)
+    told: list[tuple[int, int]] = []
+    # Random weights lose little: nothing but a high PSNR makes a difference.
+    found = search_plan(
+        pipe, PROMPTS[:1], Budget(psnr=50), progress=lambda *now: told.append(now), **SMALL
+    )
+    achieved = found.provenance["achieved"]
+    assert found.provenance["budget"] == "psnr=50"
+    assert achieved["psnr"] >= 50
+    assert 1 <= len(achieved["checks"]) <= 3
+    assert told[-1][0] == told[-1][1]
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+    call = {**tiny.CALL, "prompt": PROMPTS[0], "output_type": "np"}
+    del call["negative_prompt"], call["max_sequence_length"]
+    videos = []
+    for heads in (found, Plan.uniform(pipe, Full(), block=16)):
+        with enable_sparse_attention(pipe, heads):
+            generator = torch.Generator().manual_seed(0)
+            videos.append(torch.from_numpy(pipe(**call, generator=generator).frames[0]))
+    assert fidelity.mean_psnr(videos[1:], videos[:1]) == pytest.approx(achieved["psnr"], abs=0.1)
+    assert "achieved" not in resolve(found, Budget(density=0.5)).provenance
 
 
 def test_resolve_refuses_a_plan_without_evidence(pipe: Any, plan: Plan) -> None:
