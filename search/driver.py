@@ -146,9 +146,11 @@ def search_plan(
     if budget.psnr is None:
         return resolve(searched, budget)
 
-    def compare(density: float) -> float:
-        with enable_sparse_attention(pipe, resolve(searched, Budget(density=density))):
-            return mean_psnr(references, generations.sparse(prompts, steps))
+    def compare(density: float) -> tuple[float, float]:
+        plan = resolve(searched, Budget(density=density))
+        with enable_sparse_attention(pipe, plan):
+            videos = generations.sparse(prompts, steps)
+        return plan.provenance["predicted"]["density"], mean_psnr(references, videos)
 
     found = loosest(compare, budget.psnr, evidence.cost.amin(-1).double().mean().item())
     generations.finish()

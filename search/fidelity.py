@@ -26,7 +26,8 @@ LOOSEST = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """A density whose videos were compared, their PSNR in dB, and all (density, PSNR) tried."""
+    """The density to ask for, the PSNR in dB that its plan's videos have, and all
+    (density of a plan, PSNR) that were tried."""
 
     density: float
     psnr: float
@@ -49,14 +50,15 @@ def mean_psnr(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
     )
 
 
-def loosest(psnr: Callable[[float], float], asked: float, least: float) -> Fidelity:
+def loosest(check: Callable[[float], tuple[float, float]], asked: float, least: float) -> Fidelity:
     """The lowest density found to hold `asked` dB, by bisection of its logarithm.
 
     Where both ends of the bracket were checked, the next is where a line through them meets what
     was asked, but never in the outer tenths.
 
     Args:
-        psnr: generates with the plan of a density and compares; should rise with the density.
+        check: generates with the plan within a density and compares; gives the density that the
+            plan really has, and its PSNR in dB, which should rise with it.
         asked: dB to be held.
         least: density of the cheapest plan.
 
@@ -67,20 +69,20 @@ def loosest(psnr: Callable[[float], float], asked: float, least: float) -> Fidel
     below: float | None = None
     above: float | None = None
     checks: list[tuple[float, float]] = []
-    best = Fidelity(1.0, PSNR_CAP, ())
+    density, psnr = 1.0, PSNR_CAP
     while len(checks) < CHECKS and high - low > 0.01:
         place = 0.5
         if below is not None and above is not None and above > below:
             place = min(0.9, max(0.1, (asked + CLOSE / 2 - below) / (above - below)))
         middle = low + place * (high - low)
-        density = math.exp(middle)
-        came = psnr(density)
-        checks.append((density, came))
+        spent, came = check(math.exp(middle))
+        checks.append((spent, came))
         if came < asked:
             low, below = middle, came
             continue
-        high, above = middle, came
-        best = Fidelity(density, came, ())
+        density, psnr = math.exp(middle), came
+        # Plans between these two densities are this plan.
+        high, above = min(middle, math.log(max(spent, LOOSEST))), came
         if came <= asked + CLOSE:
             break
-    return Fidelity(best.density, best.psnr, tuple(checks))
+    return Fidelity(density, psnr, tuple(checks))

@@ -26,9 +26,9 @@ def test_the_loosest_density_that_holds_is_found(
 ) -> None:
     seen: list[float] = []
 
-    def generate(density: float) -> float:
+    def generate(density: float) -> tuple[float, float]:
         seen.append(density)
-        return psnr(density)
+        return density, psnr(density)
 
     found = loosest(generate, asked, 0.0)
     assert 1 <= len(seen) <= CHECKS
@@ -42,18 +42,26 @@ def test_the_loosest_density_that_holds_is_found(
 
 @pytest.mark.parametrize("asked", [20.0, 26.0, 32.0, 38.0])
 def test_a_smooth_fall_is_met_within_half_a_decibel(asked: float) -> None:
-    assert loosest(saturating, asked, 0.0).psnr == pytest.approx(asked + 0.25, abs=0.25)
+    found = loosest(lambda density: (density, saturating(density)), asked, 0.0)
+    assert found.psnr == pytest.approx(asked + 0.25, abs=0.25)
 
 
 def test_what_no_sparse_plan_holds_is_held_dense() -> None:
-    found = loosest(lambda _: 12.0, 30.0, 0.0)
+    found = loosest(lambda density: (density, 12.0), 30.0, 0.0)
     assert (found.density, found.psnr) == (1.0, PSNR_CAP)
     assert len(found.checks) == CHECKS
 
 
 def test_what_every_plan_holds_goes_towards_the_cheapest() -> None:
-    found = loosest(lambda _: 80.0, 30.0, 0.2)
+    found = loosest(lambda density: (density, 80.0), 30.0, 0.2)
     assert 0.2 <= found.density < 0.22
+
+
+def test_no_plan_is_generated_with_twice() -> None:
+    plans = (0.0, 0.05, 0.4)
+    found = loosest(lambda density: (max(p for p in plans if p <= density), 80.0), 30.0, 0.0)
+    assert found.checks == ((0.05, 80.0), (0.0, 80.0))
+    assert found.density < 0.05
 
 
 def test_psnr_is_the_mean_over_frames_and_videos() -> None:
