@@ -37,6 +37,7 @@ from dit_sparse.options import (
 from dit_sparse.simulate_command import simulate
 from dit_sparse.terminal import (
     output,
+    print_choices,
     print_comparison,
     print_picture,
     print_plan,
@@ -86,7 +87,14 @@ def demo(
 
 @app.command()
 def search(
-    budget: Annotated[str, typer.Option(help="What the plan may spend: density=0.3")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="What the plan may spend or must keep: density=0.3, error=0.05, speedup=1.5, "
+            "latency=60 (seconds) or psnr=30 (dB).",
+        ),
+    ],
     out: OutOption,
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of a diffusers pipeline.")
@@ -308,7 +316,7 @@ def show(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Print a plan as a table and draw it as a heat map, layer by head; or draw one pattern."""
+    """Print a plan and why its heads run what they run, and draw both; or draw one pattern."""
     from dit_sparse.plan_summary import plan_summary
     from dit_sparse.plots import plot_pattern, plot_plan
     from dit_sparse.runs import prepare_folder
@@ -330,6 +338,8 @@ def show(
         plot_plan(summary, target)
         say(f"wrote {target}")
     print_plan(summary, json_output)
+    if not json_output:
+        print_choices(summary)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Pattern, Scored
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.search.choices import Choices, choices
 
 Shape = tuple[int, int, int]
 
@@ -39,6 +40,8 @@ class PlanSummary:
             grid is known.
         schedule: in denoising steps.
         predicted: what the search expected.
+        achieved: what generated videos showed; empty where none were compared.
+        choices: why each head runs what it runs; None for a plan without evidence.
     """
 
     digest: str
@@ -52,6 +55,8 @@ class PlanSummary:
     block: int
     schedule: Schedule
     predicted: dict[str, Any]
+    achieved: dict[str, Any]
+    choices: Choices | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values under the names of the command line's contract."""
@@ -74,6 +79,8 @@ class PlanSummary:
             "block": self.block,
             "schedule": asdict(self.schedule),
             "predicted": self.predicted,
+            "achieved": self.achieved,
+            "choices": None if self.choices is None else self.choices.to_dict(),
         }
 
 
@@ -103,6 +110,8 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
         block=plan.block,
         schedule=plan.schedule,
         predicted=plan.provenance.get("predicted", {}),
+        achieved=plan.provenance.get("achieved", {}),
+        choices=choices(plan),
     )
 
 

@@ -13,6 +13,7 @@ from dit_sparse.kernels.blocks import PARTIAL, WHOLE, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Pattern, pattern_to_dict
 from dit_sparse.plan_summary import PlanSummary
+from dit_sparse.search.choices import Choices
 from dit_sparse.video import replacing
 
 SHORT = {
@@ -27,13 +28,15 @@ SHORT = {
     "scored": "D",
 }
 MOST_DRAWN = 2500  # tokens; their pairs become pixels
+CURVE_WIDTH = 4.4  # inches
 BLOCK = 16  # tokens of a block in the picture of a pattern, whose grid is small
 # Nothing, some and all of a block or pair; the query itself.
 LEVELS = ListedColormap(["#f4f4f1", "#9fc3dd", "#1f5a8c", "#e4572e"])
 
 
 def plot_plan(summary: PlanSummary, path: Path) -> None:
-    """Draw the block density of every head, its kind of pattern written inside, as a PNG.
+    """Draw the block density of every head, its kind of pattern written inside, as a PNG; where
+    the plan carries evidence, beside it the errors that other costs would have had.
 
     Raises:
         ValueError: the summary has no densities, because the plan has no grid.
@@ -48,9 +51,17 @@ def plot_plan(summary: PlanSummary, path: Path) -> None:
     values = np.full((len(rows), most), np.nan)
     for index, row in enumerate(rows):
         values[index, : len(row)] = [head.density for head in row]
-    figure = Figure(figsize=(2.8 + 0.42 * most, 1.8 + 0.34 * len(rows)), layout="constrained")
+    width, height = 2.8 + 0.42 * most, 1.8 + 0.34 * len(rows)
+    if summary.choices is None:
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    else:
+        sizes = (width, CURVE_WIDTH)
+        figure = Figure(figsize=(sum(sizes), max(height, 3.6)), layout="constrained")
+        both: Any = figure.subplots(1, 2, width_ratios=sizes)
+        axes = both[0]
+        _show_curve(both[1], summary.choices)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
     for index, row in enumerate(rows):
         for head, cell in enumerate(row):
@@ -124,6 +135,31 @@ def plot_pattern(
         "density": {"element": density.element, "block": density.block},
         "figure": str(path),
     }
+
+
+def _show_curve(axes: Axes, choices: Choices) -> None:
+    """Error of the best assignment of every cost, and where this plan is."""
+    costs, errors = zip(*choices.curve, strict=True)
+    axes.plot(costs, errors, color="#1f5a8c", marker=".", markersize=3, linewidth=1)
+    cost, error = choices.point
+    axes.plot(cost, error, "o", color="#e4572e", markersize=8)
+    axes.annotate(
+        f"this plan: {error:.3g} at {cost:.3g}",
+        (cost, error),
+        xytext=(10, 10) if cost < 0.5 else (-10, 10),
+        ha="left" if cost < 0.5 else "right",
+        textcoords="offset points",
+        fontsize=8,
+    )
+    least = min((each for each in (*errors, error) if each > 0), default=1.0)
+    # Full attention has error 0, which is one decade below the others.
+    axes.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(least)))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"mean {choices.cost} of attention", fontsize=8)
+    axes.set_ylabel("predicted error", fontsize=8)
+    axes.set_title("best error at every cost (line) and this plan", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(color="#dddddd", linewidth=0.5)
 
 
 def _show_frames(figure: Any, pattern: Pattern, grid: TokenGrid) -> None:

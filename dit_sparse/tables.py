@@ -10,8 +10,10 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dit_sparse.comparison import Comparison
     from dit_sparse.plan_summary import PlanSummary
+    from dit_sparse.search.choices import Choices, Option
 
 HEADS_SHOWN = 6  # wider layers are counted by kind, not listed
+CHOICES_SHOWN = 24  # of more heads, those of the largest errors are explained
 
 
 def comparison_table(comparison: "Comparison") -> Group:
@@ -89,8 +91,43 @@ def plan_table(summary: "PlanSummary") -> Group:
         lines.append(
             f"density of the sparse steps: {figures} (grid {grid}, block {summary.block})"
         )
-    lines += [f"predicted {name}: {value}" for name, value in summary.predicted.items()]
+    lines += [f"predicted {name}: {value:.4g}" for name, value in summary.predicted.items()]
+    if "psnr" in summary.achieved:
+        lines.append(f"achieved psnr: {summary.achieved['psnr']:.2f} dB on the search's prompts")
+    if summary.choices is not None and summary.choices.note is not None:
+        lines.append(summary.choices.note)
     return Group(title, table, *lines)
+
+
+def choices_table(found: "Choices") -> Group:
+    """Why heads run what they run: a line for each head, or for those of the largest errors."""
+    table = Table(box=SIMPLE, title="winner, runner-up and full", title_justify="left")
+    table.add_column("head", no_wrap=True)
+    for column in ("winner", "error", "cost", "runner-up", "error", "cost", "full", "cost"):
+        figure = column in ("error", "cost", "full")
+        table.add_column(column, justify="right" if figure else "left", no_wrap=figure)
+    heads = [
+        (f"{layer} {head}", choice)
+        for layer, row in found.layers.items()
+        for head, choice in enumerate(row)
+    ]
+    worst = sorted(heads, key=lambda each: -each[1].winner.error)[:CHOICES_SHOWN]
+    for name, choice in heads if len(heads) <= CHOICES_SHOWN else worst:
+        table.add_row(
+            name,
+            *_option(choice.winner),
+            *(("-", "", "") if choice.runner_up is None else _option(choice.runner_up)),
+            *_option(choice.full)[1:],
+        )
+    lines = [
+        f"cost: {found.cost}; runner-up: of the others, the least error + {found.price:.3g} x "
+        "cost, which is what cost is worth at this plan's mean"
+    ]
+    if len(heads) > CHOICES_SHOWN:
+        lines.append(
+            f"the {CHOICES_SHOWN} heads of the largest errors of {len(heads)}; --json has all"
+        )
+    return Group(table, *lines)
 
 
 def bounds_table(found: dict[str, Any]) -> Group:
@@ -209,6 +246,10 @@ def environment_table(values: dict[str, Any]) -> Group:
 
 def _cell(pattern: str, density: float | None) -> str:
     return pattern if density is None else f"{pattern}  {density:.2f}"
+
+
+def _option(option: "Option") -> tuple[str, str, str]:
+    return option.pattern, f"{option.error:.2g}", f"{option.cost:.2f}"
 
 
 def _bound(value: float | None) -> str:

@@ -33,6 +33,15 @@ def print_plan(summary: "PlanSummary", json_output: bool) -> None:
     output().print(plan_table(summary))
 
 
+def print_choices(summary: "PlanSummary") -> None:
+    """Print the table of winners and runners-up, where the plan carries what explains it."""
+    if summary.choices is None:
+        return
+    from dit_sparse.tables import choices_table
+
+    output().print(choices_table(summary.choices))
+
+
 def print_bounds(found: dict[str, Any], json_output: bool) -> None:
     """Print the table of bounds, or one JSON object."""
     if json_output:

@@ -12,6 +12,10 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.pipelines.binding import Site, bind
 from dit_sparse.pipelines.seam import SeamCall
 from dit_sparse.pipelines.steps import Clock
+from dit_sparse.pipelines.stopwatch import Stopwatch
+
+OBSERVING, ATTENTION = "observing", "attention"
+"""Under which names a stopwatch is told of the observer's own work and of the attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,9 @@ Observer = Callable[[AttentionSite, str, int, int, TokenGrid, Tensor, Tensor, Te
 
 
 @contextmanager
-def observe_attention(pipe: Any, observer: Observer) -> Iterator[None]:
+def observe_attention(
+    pipe: Any, observer: Observer, stopwatch: Stopwatch | None = None
+) -> Iterator[None]:
     """Call `observer` with every self-attention call of the model's own, dense attention.
 
     The output of the pipeline does not change by a bit. Calls come as they run, both guidance
@@ -50,12 +56,14 @@ def observe_attention(pipe: Any, observer: Observer) -> Iterator[None]:
             tensors are `[batch, tokens, heads, head_dim]` after the rotary embedding, any
             strides, not copied: what is kept beyond the call must be cloned, and nothing may be
             written to them.
+        stopwatch (`Stopwatch`, *optional*): times every call, as `ATTENTION`, and the observer,
+            as `OBSERVING`.
 
     Raises:
         ValueError: if a plan is in effect on the pipeline, if it is observed already, or, at the
             first call, if the denoising step cannot be told.
     """
-    bindings = bind(pipe, _Receiver(pipe, observer))
+    bindings = bind(pipe, _Receiver(pipe, observer, stopwatch or Stopwatch()))
     try:
         yield
     finally:
@@ -105,9 +113,10 @@ def observed_grid(pipe: Any, **arguments: Any) -> TokenGrid:
 
 
 class _Receiver:
-    def __init__(self, pipe: Any, observer: Observer) -> None:
+    def __init__(self, pipe: Any, observer: Observer, stopwatch: Stopwatch) -> None:
         self.clock = Clock(pipe)
         self._observer = observer
+        self._stopwatch = stopwatch
 
     def attend(self, site: Site, call: SeamCall) -> Tensor:
         batch, tokens = call.query.shape[:2]
@@ -117,14 +126,17 @@ class _Receiver:
             raise site.refusal(
                 "the denoising step cannot be told; observe a pipeline, not a bare transformer"
             )
-        self._observer(
-            AttentionSite(site.binding.component, site.path, site.layer),
-            moment.branch,
-            moment.step,
-            moment.steps,
-            grid,
-            call.query,
-            call.key,
-            call.value,
-        )
-        return call.dense()
+        device = call.query.device
+        with self._stopwatch.stretch(OBSERVING, device):
+            self._observer(
+                AttentionSite(site.binding.component, site.path, site.layer),
+                moment.branch,
+                moment.step,
+                moment.steps,
+                grid,
+                call.query,
+                call.key,
+                call.value,
+            )
+        with self._stopwatch.stretch(ATTENTION, device):
+            return call.dense()

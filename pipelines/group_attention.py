@@ -21,8 +21,9 @@ from dit_sparse.kernels.remainder import Pair, cache_of
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.pipelines.heads import HeadGroup
 from dit_sparse.pipelines.memory import Found, Kept, Memory
-from dit_sparse.pipelines.report import DENSE, Stopwatch
+from dit_sparse.pipelines.report import DENSE
 from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.pipelines.stopwatch import Stopwatch
 
 GRIDS_KEPT = 4
 """Resolutions whose block lists stay in memory."""
@@ -131,7 +132,7 @@ class GroupAttention:
             return Computed(dense[0], DENSE, flops, dense=True)
         sparse = self._pass(operands, blocks)
         flops += density.weighted
-        with self.stopwatch("remainder", sparse[0].device):
+        with self.stopwatch.stretch("remainder", sparse[0].device):
             if dense is not None:
                 self.memory.keep(
                     place.key, Kept(place.step, cache_of(group.cached, dense, sparse))
@@ -152,7 +153,7 @@ class GroupAttention:
             return True
         if last.recall is None or self._schedule.recall is None or step == last.step:
             return False
-        with self.stopwatch("search", operands.query.device):
+        with self.stopwatch.stretch("search", operands.query.device):
             recall = block_recall(operands.query, operands.key, last.blocks, scale=operands.scale)
         return recall < self._schedule.recall * last.recall
 
@@ -179,7 +180,7 @@ class GroupAttention:
         lse = None
         if group.needs_lse:
             lse = dense[1] if dense is not None else last.lse if last is not None else None
-        with self.stopwatch("search", query.device):
+        with self.stopwatch.stretch("search", query.device):
             blocks = scored_blocks(
                 group.scored,
                 query,
@@ -197,7 +198,7 @@ class GroupAttention:
         return Found(place.step, blocks, density, lse if again else None, recall)
 
     def _pass(self, operands: Operands, blocks: BlockIndices) -> Pair:
-        with self.stopwatch("attention", operands.query.device):
+        with self.stopwatch.stretch("attention", operands.query.device):
             return sparse_attention(
                 operands.query,
                 operands.key,

@@ -22,11 +22,11 @@ from dit_sparse.pipelines.report import (
     AttentionReport,
     Call,
     Record,
-    Stopwatch,
     mean_density,
 )
 from dit_sparse.pipelines.seam import SeamCall
 from dit_sparse.pipelines.steps import Clock, Moment
+from dit_sparse.pipelines.stopwatch import Stopwatch
 
 
 class SparseAttentionHook:
@@ -70,7 +70,7 @@ class SparseAttentionHook:
             self._record, self._stopwatch = Record(), Stopwatch()
             self._attention.begin()
         dense = self._dense_reason(site, moment)
-        with self._stopwatch("calls", call.query.device):
+        with self._stopwatch.stretch("calls", call.query.device):
             if dense is None:
                 output, computed = self._sparse(site, groups, grid, call, moment)
             else:

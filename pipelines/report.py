@@ -4,13 +4,9 @@ No call runs dense unnoticed: every dense call is counted under its reason. Dens
 twice, over all calls, dense ones as 1, and over the sparse calls alone, as papers do.
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-
-import torch
 
 from dit_sparse.kernels.blocks import Density
 from dit_sparse.pipelines.memory import Memory
@@ -92,37 +88,6 @@ class AttentionReport:
         silent = [layer.layer for layer in self.layers if not layer.sparse_calls]
         lines += [f"never sparse: {', '.join(silent)}"] if silent else []
         return "\n".join(lines)
-
-
-class Stopwatch:
-    """Seconds by label, on an accelerator by its own clock."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.Event, torch.Event]] = []
-
-    @contextmanager
-    def __call__(self, label: str, device: torch.device) -> Iterator[None]:
-        """Measure what runs inside, unless it fails."""
-        if device.type == "cpu":
-            start = time.perf_counter()
-            yield
-            spent = time.perf_counter() - start
-            self._seconds[label] = self._seconds.get(label, 0.0) + spent
-        else:
-            begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((label, begin, end))
-
-    def seconds(self) -> dict[str, float]:
-        """What was measured so far."""
-        total = dict(self._seconds)
-        for label, begin, end in self._events:
-            end.synchronize()
-            total[label] = total.get(label, 0.0) + begin.elapsed_time(end) / 1000
-        return total
 
 
 @dataclass(frozen=True, slots=True)

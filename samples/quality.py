@@ -14,13 +14,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from dit_sparse.comparison import Comparison, PlanResult, compare, write_comparison
-from dit_sparse.kernels.pattern import Full, Pattern
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.prompts import read_prompts
+from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
@@ -67,8 +65,9 @@ def measure() -> None:
     for density in DENSITIES:
         searched = Plan.from_pretrained(PLANS / plan_name(density))
         plans[f"searched {density:.0%}"] = searched
-        pattern = best_uniform(searched, density)
-        heads = {layer: (pattern,) * len(own) for layer, own in searched.assignment.items()}
+        evidence = Evidence.of_plan(searched)
+        heads = evidence.assignment(best_uniform(evidence, density))
+        pattern = next(iter(heads.values()))[0]
         plans[f"uniform {density:.0%}, {pattern}"] = replace(
             searched, assignment=heads, evidence={}
         )
@@ -80,18 +79,6 @@ def measure() -> None:
     RESULTS.mkdir(exist_ok=True)
     write_comparison(RESULTS, result)
     (RESULTS / "table.md").write_text(table(result))
-
-
-def best_uniform(searched: Plan, density: float) -> Pattern:
-    """The pattern of least total error that is no denser than `density`."""
-    evidence = Evidence.of_plan(searched)
-    total = evidence.error[..., : len(evidence.patterns)].double().sum((0, 1))
-    cost = evidence.cost[0, 0, : len(evidence.patterns)]
-    return next(
-        evidence.patterns[index]
-        for index in torch.argsort(total).tolist()
-        if cost[index] <= density and evidence.patterns[index] != Full()
-    )
 
 
 def table(result: Comparison) -> str:

@@ -3,6 +3,7 @@
     short dense runs   ->  which key blocks each head looks at           -> columns
     dense runs         ->  error of every candidate on sampled query rows -> Evidence
     Evidence + Budget  ->  one pattern for each head                      -> Plan
+    sparse videos      ->  the loosest plan that holds a PSNR, if that is the budget
 
 Errors are taken on the dense trajectory: no layer sees what a sparse one before it got wrong.
 """
@@ -17,18 +18,24 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dit_sparse.kernels.error import Metric
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Columns, Full
-from dit_sparse.pipelines.capture import Observer, observe_attention
+from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.columns import column_counts, columns, columns_cost
-from dit_sparse.kernels.error import Metric
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.fidelity import CHECKS, loosest, mean_psnr
+from dit_sparse.search.generations import Generations
+from dit_sparse.search.latency import relative_times
 from dit_sparse.search.observer import Calibration, Scoring
+from dit_sparse.search.solution import solve
 from dit_sparse.search.space import Candidate, candidates
+from dit_sparse.search.timing import StepTimes, Timing
 
 CALIBRATION_STEPS = 3
 CALIBRATION_PROMPTS = 2
@@ -57,12 +64,13 @@ def search_plan(
 
     The pipeline generates each prompt dense and is looked at during `observe_steps` of its
     steps, in all guidance branches. It is left as it was, the random state included. The same
-    arguments give the same plan.
+    arguments give the same plan, but for the times it takes down, and what is solved from them.
 
     Args:
         pipe (`DiffusionPipeline`): of a known family, with no plan in effect.
         prompts (`Sequence[str]`): two to five that are typical of the use.
-        budget (`Budget`): what the plan may spend.
+        budget (`Budget`): what the plan may spend. For a PSNR the pipeline generates every prompt
+            up to six times more.
         steps (`int`): denoising steps of a generation, as the plan will be used.
         seed (`int`): of the first prompt's noise; the next has the next seed.
         height, width, frames (`int`, *optional*): size in pixels and number of frames; the
@@ -91,11 +99,13 @@ def search_plan(
     arguments |= {"guidance_scale": guidance}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     short, few = min(CALIBRATION_STEPS, steps), prompts[:CALIBRATION_PROMPTS]
-    total = len(few) * short + len(prompts) * (observed[-1] + 1)
-    run = _Runs(pipe, arguments, seed, total, progress)
+    generated = budget.psnr is not None
+    last = steps - 1 if generated else observed[-1]
+    total = len(few) * short + len(prompts) * (last + 1 + generated * CHECKS * steps)
+    generations = Generations(pipe, arguments, seed, total, progress)
 
     calibration = Calibration(block, rows)
-    run(few, short, short - 1, calibration)
+    generations.dense(few, short, short - 1, calibration)
     grid = calibration.grid
     if grid is None:
         raise ValueError("no self-attention call of the pipeline was seen; is it a known family?")
@@ -112,10 +122,12 @@ def search_plan(
     patterns = tuple(candidate.pattern for candidate in shared)
     modules = layer_paths(pipe) if through_wo else None
     scoring = Scoring(modules, grid, patterns, own, observed, rows, metric)
-    run(prompts, steps, observed[-1], scoring)
+    times = StepTimes()
+    references = generations.dense(prompts, steps, last, scoring, times=times, keep=generated)
 
     layers = tuple(base.assignment)
     evidence = _evidence(layers, grid, block, shared, counts, own, calibration, scoring)
+    evidence = replace(evidence, time=_times(evidence, scoring.query, times.seconds_per_call))
     settings = {
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -126,21 +138,41 @@ def search_plan(
         "rows": rows,
         "metric": metric,
         "through_wo": through_wo,
+        "timing": times.to_dict(steps),
+        "costs": "block density" if evidence.time is None else "measured",
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }
     provenance = {"search": evidence.description() | settings}
     searched = replace(base, grid=grid.shape, provenance=provenance, evidence=evidence.arrays())
-    return resolve(searched, budget)
+    if budget.psnr is None:
+        return resolve(searched, budget)
+
+    def compare(density: float) -> tuple[float, float]:
+        plan = resolve(searched, Budget(density=density))
+        with enable_sparse_attention(pipe, plan):
+            videos = generations.sparse(prompts, steps)
+        return plan.provenance["predicted"]["density"], mean_psnr(references, videos)
+
+    found = loosest(compare, budget.psnr, evidence.cost.amin(-1).double().mean().item())
+    generations.finish()
+    held = resolve(searched, Budget(density=found.density))
+    achieved = {"psnr": found.psnr, "checks": [list(check) for check in found.checks]}
+    provenance = held.provenance | {"budget": str(budget), "achieved": achieved}
+    return replace(held, provenance=provenance)
 
 
 def resolve(plan: Plan, budget: Budget) -> Plan:
     """The plan for another budget from the evidence of a searched plan, without a search.
 
     Raises:
-        ValueError: if the plan carries no evidence, or the budget cannot be kept.
+        ValueError: if the plan carries no evidence, the budget cannot be kept, or it is a PSNR,
+            which needs the pipeline.
     """
-    assignment, predicted = Evidence.of_plan(plan).solve(budget)
-    provenance = plan.provenance | {"budget": str(budget), "predicted": predicted}
+    evidence = Evidence.of_plan(plan)
+    solution = solve(evidence, budget, Timing.of_plan(plan))
+    provenance = plan.provenance | {"budget": str(budget), "predicted": solution.predicted}
+    provenance.pop("achieved", None)
+    assignment = evidence.assignment(solution.chosen)
     return replace(plan, assignment=assignment, provenance=provenance)
 
 
@@ -158,45 +190,24 @@ def observed_steps(steps: int, schedule: Schedule, count: int) -> tuple[int, ...
     return tuple(sparse[(2 * part + 1) * len(sparse) // (2 * count)] for part in range(count))
 
 
-class _Runs:
-    """Dense generations of a pipeline up to a given step, without decoding."""
+def _times(evidence: Evidence, query: Tensor | None, dense_seconds: float | None) -> Tensor | None:
+    """Measured times of all candidates, shaped as their costs; `None` if none were measured.
 
-    def __init__(
-        self,
-        pipe: Any,
-        arguments: dict[str, Any],
-        seed: int,
-        total: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._pipe = pipe
-        self._arguments = arguments
-        self._seed = seed
-        self._total = total
-        self._progress = progress
-        self._done = 0
-
-    def __call__(self, prompts: Sequence[str], steps: int, last: int, observer: Observer) -> None:
-        def after(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if step <= last:
-                self._done += 1
-                if self._progress is not None:
-                    self._progress(self._done, self._total)
-            # What follows the last observed step is not needed: diffusers' way to stop a run.
-            pipe._interrupt = step >= last
-            return tensors
-
-        with observe_attention(self._pipe, observer):
-            for number, prompt in enumerate(prompts):
-                self._pipe(
-                    prompt=prompt,
-                    num_inference_steps=steps,
-                    generator=torch.Generator("cpu").manual_seed(self._seed + number),
-                    output_type="latent",
-                    callback_on_step_end=after,
-                    **self._arguments,
-                )
-        self._pipe._interrupt = False
+    Columns of one count are priced by the first head's: how many blocks they keep decides.
+    """
+    if query is None or not dense_seconds:
+        return None
+    shared = len(evidence.patterns)
+    known = evidence.cost.isfinite()
+    layer = int(known[:, 0].sum(-1).argmax())
+    candidates = range(int(known[layer, 0].sum()))
+    patterns = [evidence.pattern(layer, 0, candidate) for candidate in candidates]
+    times = relative_times(patterns, evidence.grid, evidence.block, query, dense_seconds)
+    if times is None:
+        return None
+    missing = (torch.inf,) * (shared + len(evidence.column_counts) - len(times))
+    table = torch.tensor(times + missing).expand_as(evidence.cost)
+    return table.masked_fill(~known, torch.inf)
 
 
 def _evidence(

@@ -9,14 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
 from dit_sparse.pipelines.plan import Plan
-from dit_sparse.search.assign import assign
-from dit_sparse.search.budget import Budget
 from dit_sparse.search.columns import columns
 
 ARRAYS = ("error", "cost", "column_mass")
@@ -38,6 +35,8 @@ class Evidence:
         error: float32 `[layers, heads, candidates]`, at least 0.
         cost: float32, same shape; `inf` where a head does not have the candidate.
         column_mass: float32 `[layers, heads, key blocks]`; `nan` in a layer not calibrated.
+        time: float32, shaped as `cost`, of dense attention's time; `None` if nothing on the
+            device was calibrated.
     """
 
     layers: tuple[str, ...]
@@ -48,6 +47,7 @@ class Evidence:
     error: Tensor
     cost: Tensor
     column_mass: Tensor
+    time: Tensor | None = None
 
     def pattern(self, layer: int, head: int, candidate: int) -> Pattern:
         """The pattern of one candidate of one head."""
@@ -56,28 +56,28 @@ class Evidence:
         count = self.column_counts[candidate - len(self.patterns)]
         return columns(self.column_mass[layer, head], count, self.grid, self.block)
 
-    def solve(self, budget: Budget) -> tuple[dict[str, tuple[Pattern, ...]], dict[str, float]]:
-        """The assignment of least total error within `budget`, and what it is predicted to be:
-        `density` (block density, mean over heads) and `error` (mean over layers of the summed
-        errors of their heads).
+    @property
+    def full(self) -> int:
+        """Which candidate is dense attention."""
+        return self.patterns.index(Full())
 
-        Raises:
-            ValueError: if no assignment keeps the budget.
-        """
-        chosen = assign(self.error, self.cost, budget.density)
-        assignment = {
+    @property
+    def relative_time(self) -> Tensor:
+        """Time of every candidate as a share of dense attention's, shaped as `cost`: as measured
+        or, where nothing was, its block density."""
+        return self.cost if self.time is None else self.time
+
+    def assignment(self, chosen: Tensor) -> dict[str, tuple[Pattern, ...]]:
+        """The patterns of the candidates `chosen`, int64 `[layers, heads]`, for a plan."""
+        return {
             name: tuple(self.pattern(layer, head, int(c)) for head, c in enumerate(chosen[layer]))
             for layer, name in enumerate(self.layers)
-        }
-        error, cost = (table.gather(-1, chosen[..., None]) for table in (self.error, self.cost))
-        return assignment, {
-            "density": cost.double().mean().item(),
-            "error": error.double().sum().item() / len(self.layers),
         }
 
     def arrays(self) -> dict[str, Tensor]:
         """The content of `Plan.evidence`."""
-        return {name: getattr(self, name) for name in ARRAYS}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return arrays if self.time is None else arrays | {"time": self.time}
 
     def description(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
@@ -111,16 +111,36 @@ class Evidence:
                 grid=TokenGrid(*described["grid"]),
                 block=described["block"],
                 **{name: plan.evidence[name] for name in ARRAYS},
+                time=plan.evidence.get("time"),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the plan's search is incomplete ({error}); search again") from error
-        candidates = len(evidence.patterns) + len(evidence.column_counts)
-        heads = len(next(iter(plan.assignment.values())))
-        expected = torch.Size((len(evidence.layers), heads, candidates))
-        if evidence.error.shape != expected or evidence.cost.shape != expected:
-            raise ValueError(
-                f"the plan's evidence should have the shape {tuple(expected)}, error has "
-                f"{tuple(evidence.error.shape)} and cost {tuple(evidence.cost.shape)}; "
-                "search again"
-            )
+        reason = evidence._fault({layer: len(own) for layer, own in plan.assignment.items()})
+        if reason is not None:
+            raise ValueError(f"the plan's evidence {reason}; search again")
         return evidence
+
+    def _fault(self, heads: dict[str, int]) -> str | None:
+        """What is wrong with it for layers of so many heads; `None` if nothing is."""
+        if set(self.layers) != set(heads):
+            differing = min(set(self.layers) ^ set(heads))
+            return f"is not of the plan's layers: {differing} is in only one of them"
+        count = heads[self.layers[0]]
+        expected = (len(self.layers), count, len(self.patterns) + len(self.column_counts))
+        tables = {"error": self.error, "cost": self.cost, "time": self.relative_time}
+        for name, table in tables.items():
+            if tuple(table.shape) != expected:
+                return f"should have the shape {expected}, {name} has {tuple(table.shape)}"
+            if table.isnan().any() or (table < 0).any():
+                return f"should hold numbers of at least 0, {name} holds others"
+        if type(self.block) is not int or self.block < 1:
+            return f"should have blocks of at least 1 token, came {self.block!r}"
+        blocks = -(-self.grid.video // self.block)
+        if tuple(self.column_mass.shape) != (*expected[:2], blocks):
+            return (
+                f"should have {blocks} key blocks, column_mass has the shape "
+                f"{tuple(self.column_mass.shape)}"
+            )
+        if Full() not in self.patterns or (self.error[..., self.full] != 0).any():
+            return "should have full attention among its candidates, without error"
+        return None

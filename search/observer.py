@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.error import Metric, pattern_error
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.rows import sample_rows, valid_tokens
 from dit_sparse.pipelines.capture import AttentionSite
 from dit_sparse.search.columns import column_mass
-from dit_sparse.kernels.error import Metric, pattern_error
-from dit_sparse.kernels.rows import sample_rows, valid_tokens
 
 MASK_CACHE_BYTES = 2**29
 """Row masks of the shared candidates are kept between calls up to this size."""
@@ -90,6 +90,8 @@ class Scoring:
         at: the denoising steps to look at.
         rows: query rows to sample.
         metric: of the error.
+
+    `query` is one number in the shape, dtype and place of the first query that was scored.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Scoring:
         metric: Metric,
     ) -> None:
         self.error = Mean()
+        self.query: Tensor | None = None
         self._modules = modules
         self._grid = grid
         self._shared = shared
@@ -127,6 +130,8 @@ class Scoring:
         if step not in self._at:
             return
         common_grid(self._grid, grid)
+        if self.query is None:
+            self.query = query.new_empty(()).expand(query.shape)
         self._rows = self._rows.to(query.device)
         error = pattern_error(
             query,

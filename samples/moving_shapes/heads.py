@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Neighborhood, Pattern
-from dit_sparse.pipelines.capture import AttentionSite, observe_attention
 from dit_sparse.kernels.rows import row_weights, sample_rows
+from dit_sparse.pipelines.capture import AttentionSite, observe_attention
 
 DENSITY = 0.2
 BLOCK = 64

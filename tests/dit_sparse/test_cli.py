@@ -87,12 +87,30 @@ def test_search_writes_a_plan_that_show_draws_and_from_solves_again(
     assert "transformer.blocks.1.attn1" in out
     assert picture.is_file()
 
+    assert "runner-up" in out
+    assert "attention is " in out
+    code, out, _ = run("show", found, "--figure", picture, "--json")
+    explained = json.loads(out)["choices"]
+    first = explained["layers"]["transformer.blocks.0.attn1"][0]
+    assert set(first) == {"winner", "runner_up", "full"}
+    assert explained["note"].startswith("attention is ")
+
     again = tmp_path / "again"
     code, out, err = run(
         "search", "--from", found, "--budget", "density=0.3", "--out", again, "--json"
     )
     assert code == 0, err
     assert json.loads(out)["density"]["block"] <= 0.3
+
+    dense = tmp_path / "dense"
+    for budget, reason in (("psnr=30", "needs the model"), ("speedup=50", "is out of reach")):
+        code, _, err = run("search", "--from", found, "--budget", budget, "--out", dense)
+        assert code == 1
+        assert reason in errors(err)[0]
+        assert not dense.exists()
+    code, out, err = run("search", "--from", found, "--budget", "error=0", "--out", dense)
+    assert code == 0, err
+    assert "full 100%" in out
 
 
 def test_demo_leaves_its_files(
@@ -233,7 +251,10 @@ def test_wrong_usage_exits_with_two(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("budget", ["density=0", "density=1.5", "density", "speed=3", "density=x"])
+@pytest.mark.parametrize(
+    "budget",
+    ["density=0", "density=1.5", "density", "speed=3", "density=x", "speedup=0.5", "psnr=0"],
+)
 def test_bad_budget_is_one_line(run: Run, tmp_path: Path, budget: str) -> None:
     out = tmp_path / "out"
     code, _, err = run("search", "--model", "m", "--budget", budget, "--out", out)

@@ -1,10 +1,13 @@
 """PlanSummary and its picture: densities head by head, at one grid or another."""
 
+import io
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
@@ -13,6 +16,11 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.plan_summary import plan_summary
 from dit_sparse.plots import plot_plan
+from dit_sparse.search.budget import Budget
+from dit_sparse.search.driver import resolve
+from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.timing import Timing
+from dit_sparse.tables import choices_table, plan_table
 
 GRID = (3, 4, 4)
 COLUMNS = Columns((0, 2), block=8, grid=GRID)
@@ -86,6 +94,53 @@ def test_heat_map_shows_density_as_color(tmp_path: Path) -> None:
     # The ends of the color map: a full head and a skipped one.
     assert {(253, 231, 36), (68, 1, 84)} <= seen
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.png"]
+
+
+def searched() -> Plan:
+    """A plan with evidence: full, skip and a band for every head."""
+    patterns = (Full(), Skip(), Band(6))
+    shape = (3, 2, 3)
+    cost = torch.tensor([1.0, 0.0, 0.5]).expand(shape).clone()
+    error = torch.tensor([0.0, 1.0, 0.1]).expand(shape) * torch.arange(1, 7).reshape(3, 2, 1)
+    mass = torch.ones(3, 2, 6) / 6
+    evidence = Evidence(tuple(HEADS), patterns, (), TokenGrid(*GRID), 8, error, cost, mass)
+    timing = Timing("a device", 20, 20, 1.0, 0.52, 0.0)
+    described = {"search": evidence.description() | {"timing": timing.to_dict()}}
+    base = replace(PLAN, assignment=dict.fromkeys(HEADS, (Full(), Full())), provenance=described)
+    return resolve(replace(base, evidence=evidence.arrays()), Budget(density=0.4))
+
+
+def test_searched_plan_is_explained_and_its_curve_drawn(tmp_path: Path) -> None:
+    summary = plan_summary(searched())
+    assert summary.choices is not None
+    content = summary.to_dict()["choices"]
+    assert set(content["layers"]) == set(HEADS)
+    assert content["curve"][-1] == (1.0, 0.0)
+    path = tmp_path / "plan.png"
+    plot_plan(summary, path)
+    with Image.open(path) as image:
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    seen = {color: count for count, color in colors}
+    # The line of the curve and the point of the plan.
+    assert seen.get((31, 90, 140), 0) > 100
+    assert seen.get((228, 87, 46), 0) > 50
+
+
+def test_tables_say_why_and_how_fast(tmp_path: Path) -> None:
+    summary = plan_summary(searched())
+    assert summary.choices is not None
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(plan_table(summary))
+    console.print(choices_table(summary.choices))
+    text = console.export_text()
+    assert "attention is 52% of this run; at density 0.33 expect at most" in text
+    assert text.count("transformer.blocks.2.attn1 1") == 1
+    assert "runner-up: of the others, the least error + " in text
+
+
+def test_plan_without_evidence_has_no_choices() -> None:
+    assert plan_summary(PLAN).to_dict()["choices"] is None
 
 
 def test_heat_map_needs_a_grid(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.search.assign import assign
+from dit_sparse.search.assign import assign, assign_cheapest, hull, price_at, sparse_vdit
 
 HEADS, CANDIDATES = 6, 5
 
@@ -109,3 +109,72 @@ def test_a_budget_below_the_cheapest_is_refused() -> None:
     error, cost = toy(0)
     with pytest.raises(ValueError, match=r"costs 0.1 or less .* cheapest costs 0.5000; ask for"):
         assign(error, cost.clamp_min(0.5), 0.1)
+
+
+ERRORS = (0.02, 0.1, 0.4, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_SV5_least_cost_within_the_largest_step_of_the_enumerated_optimum(seed: int) -> None:
+    error, cost = toy(seed)
+    for limit in ERRORS:
+        choice = assign_cheapest(error, cost, limit)
+        assert picked(error, choice) <= limit * HEADS * (1 + 1e-6)
+        gap = picked(cost, choice) - optimum(cost, error, limit)
+        assert -1e-9 <= gap <= max(hull_steps(cost, error)) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_SV5_cost_never_rises_with_the_error(seed: int) -> None:
+    error, cost = toy(seed)
+    limits = torch.linspace(0, 1.001 * error.amax(-1).mean().item(), 25).tolist()
+    costs = [picked(cost, assign_cheapest(error, cost, limit)) for limit in limits]
+    assert all(later <= before + 1e-12 for before, later in pairwise(costs))
+    assert costs[0] == HEADS
+    assert costs[-1] == 0
+
+
+def test_an_error_below_the_least_is_refused() -> None:
+    error, cost = toy(0)
+    with pytest.raises(ValueError, match=r"mean error of 0.1 or less, the best has 0.5; ask for"):
+        assign_cheapest(error.clamp_min(0.5), cost, 0.1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_SV4_the_rule_of_sparse_vdit_is_its_definition(seed: int) -> None:
+    error, cost = toy(seed)
+    for price, gate in product((0.0, 0.1, 0.5, 3.0), (0.1, 0.5, 2.0)):
+        expected = []
+        for errors, costs in zip(error.tolist(), cost.tolist(), strict=True):
+            losses = [e + price * c for e, c in zip(errors[1:], costs[1:], strict=True)]
+            best = min(range(len(losses)), key=losses.__getitem__)
+            expected.append(0 if losses[best] > gate else best + 1)
+        assert sparse_vdit(error, cost, price=price, gate=gate).tolist() == expected
+
+
+def test_SV4_ends_of_the_gate_and_of_the_price() -> None:
+    error, cost = toy(1)
+    assert sparse_vdit(error, cost, gate=0.0).tolist() == [0] * HEADS
+    assert sparse_vdit(error, cost, price=1e9, gate=torch.inf).tolist() == [1] * HEADS
+    gates = torch.linspace(0, 3, 40).tolist()
+    costs = [picked(cost, sparse_vdit(error, cost, gate=gate)) for gate in gates]
+    assert all(later <= before for before, later in pairwise(costs))
+    assert costs[-1] < costs[0]
+
+
+def test_the_price_is_the_slope_of_the_error() -> None:
+    error = torch.tensor([[0.0, 1.0, 4.0]])
+    cost = torch.tensor([[1.0, 0.5, 0.0]])
+    # From 0.5 down a unit of cost is worth 6, from there up 2.
+    assert price_at(error, cost, 0.5) == pytest.approx(2.0)
+    assert price_at(error, cost, 0.2) == pytest.approx(6.0)
+    assert price_at(error, cost, 1.0) == 0.0
+
+
+def test_no_assignment_lies_below_the_hull() -> None:
+    error, cost = toy(2)
+    points = hull(error, cost)
+    assert points[0] == (0.0, pytest.approx(picked(error, torch.ones(HEADS, dtype=torch.long))))
+    assert points[-1] == (1.0, 0.0)
+    for at, total in points:
+        assert total == pytest.approx(optimum(error, cost, at))

@@ -14,10 +14,11 @@ from dit_sparse.pipelines.capture import observe_attention
 from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search import driver
+from dit_sparse.search import fidelity, generations
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import observed_steps, resolve, search_plan
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.timing import Timing
 from tests import tiny
 
 PROMPTS = ("a cat", "a dog", "a bird")
@@ -105,16 +106,16 @@ def planted(layer: int, step: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def planting(pipe: Any, observer: Any) -> AbstractContextManager[None]:
+def planting(pipe: Any, observer: Any, stopwatch: Any) -> AbstractContextManager[None]:
     def observe(site: Any, branch: str, step: int, steps: int, grid: TokenGrid, *qkv: Any) -> None:
         assert grid == GRID
         observer(site, branch, step, steps, grid, *planted(site.layer, step, qkv[0].shape[-1]))
 
-    return observe_attention(pipe, observe)
+    return observe_attention(pipe, observe, stopwatch)
 
 
 def test_SV3_planted_heads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "observe_attention", planting)
+    monkeypatch.setattr(generations, "observe_attention", planting)
     found = search_plan(
         tiny.wan(heads=3, head_dim=36),
         PROMPTS[:1],
@@ -154,7 +155,15 @@ def test_the_plan_keeps_its_budget_and_runs(pipe: Any, plan: Plan) -> None:
 
 def test_same_arguments_same_plan_bit_for_bit(pipe: Any, plan: Plan) -> None:
     torch.manual_seed(123)
-    assert search_plan(pipe, PROMPTS, Budget(density=0.6), **SMALL).digest == plan.digest
+    again = search_plan(pipe, PROMPTS, Budget(density=0.6), **SMALL)
+    assert timeless(again).digest == timeless(plan).digest
+
+
+def timeless(plan: Plan) -> Plan:
+    """The plan without what a clock said, which is never the same twice."""
+    search = plan.provenance["search"] | {"timing": None}
+    predicted = {name: plan.provenance["predicted"][name] for name in ("density", "error")}
+    return replace(plan, provenance=plan.provenance | {"search": search, "predicted": predicted})
 
 
 def test_another_seed_gives_other_evidence(pipe: Any, plan: Plan) -> None:
@@ -181,7 +190,7 @@ def is_attention(module: Any) -> bool:
 
 def test_resolve_is_what_a_search_with_that_budget_finds(pipe: Any, plan: Plan) -> None:
     searched = search_plan(pipe, PROMPTS, Budget(density=0.4), **SMALL)
-    assert resolve(plan, Budget(density=0.4)).digest == searched.digest
+    assert timeless(resolve(plan, Budget(density=0.4))).digest == timeless(searched).digest
     assert searched.assignment != plan.assignment
 
 
@@ -292,12 +301,64 @@ def sparse_off(pipe: Any) -> Iterator[None]:
         disable_sparse_attention(pipe)
 
 
+def untouched(*_: Any) -> None:
+    raise AssertionError("the pipeline was used")
+
+
+def test_every_budget_is_solved_from_the_evidence(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.WanPipeline.__call__", untouched)
+    error = resolve(plan, Budget(density=0.4)).provenance["predicted"]["error"]
+    predicted = resolve(plan, Budget(error=error)).provenance["predicted"]
+    assert predicted["error"] <= error * (1 + 1e-6)
+    assert predicted["density"] == pytest.approx(0.4, abs=0.1)
+
+    timing = Timing.of_plan(plan)
+    assert timing is not None
+    assert 0 < timing.attention_share < 1
+    assert (timing.steps, timing.sparse_steps) == (4, 4)
+    asked = timing.speedup(0.5)
+    faster = resolve(plan, Budget(speedup=asked)).provenance["predicted"]
+    assert faster["speedup"] >= asked * (1 - 1e-6)
+    latency = resolve(plan, Budget(latency=timing.dense_seconds / asked))
+    assert latency.provenance["predicted"] == faster
+    assert latency.provenance["budget"].startswith("latency=")
+    with pytest.raises(ValueError, match="needs the model: search with"):
+        resolve(plan, Budget(psnr=30))
+
+
+def test_a_psnr_is_held_by_the_videos(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "CHECKS", 3)
+    told: list[tuple[int, int]] = []
+    # Random weights lose little: nothing but a high PSNR makes a difference.
+    found = search_plan(
+        pipe, PROMPTS[:1], Budget(psnr=50), progress=lambda *now: told.append(now), **SMALL
+    )
+    achieved = found.provenance["achieved"]
+    assert found.provenance["budget"] == "psnr=50"
+    assert achieved["psnr"] >= 50
+    assert 1 <= len(achieved["checks"]) <= 3
+    assert told[-1][0] == told[-1][1]
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+    call = {**tiny.CALL, "prompt": PROMPTS[0], "output_type": "np"}
+    del call["negative_prompt"], call["max_sequence_length"]
+    videos = []
+    for heads in (found, Plan.uniform(pipe, Full(), block=16)):
+        with enable_sparse_attention(pipe, heads):
+            generator = torch.Generator().manual_seed(0)
+            videos.append(torch.from_numpy(pipe(**call, generator=generator).frames[0]))
+    assert fidelity.mean_psnr(videos[1:], videos[:1]) == pytest.approx(achieved["psnr"], abs=0.1)
+    assert "achieved" not in resolve(found, Budget(density=0.5)).provenance
+
+
 def test_resolve_refuses_a_plan_without_evidence(pipe: Any, plan: Plan) -> None:
     with pytest.raises(ValueError, match="carries no evidence of a search"):
         resolve(Plan.uniform(pipe, Full()), Budget(density=0.5))
     short = plan.evidence | {"error": plan.evidence["error"][..., :-1]}
     with pytest.raises(ValueError, match="should have the shape"):
         resolve(replace(plan, evidence=short), Budget(density=0.5))
-    described = {"search": {"layers": ["transformer.blocks.0.attn1"]}}
+    described: dict[str, Any] = {"search": {"layers": ["transformer.blocks.0.attn1"]}}
     with pytest.raises(ValueError, match="the plan's search is incomplete"):
         resolve(replace(plan, provenance=described), Budget(density=0.5))

@@ -1,0 +1,131 @@
+"""Choice: why a head runs what it runs: the winner beside the runner-up and dense attention."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.search.assign import hull, price_at
+from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import predict
+from dit_sparse.search.timing import timing_note
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A candidate of one head: the pattern in words, its error and its cost."""
+
+    pattern: str
+    error: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one head runs, what it would run next, and dense attention.
+
+    The runner-up is, of the other candidates, the one of least `error + price * cost` at the
+    price that the plan's mean cost puts on cost.
+    """
+
+    winner: Option
+    runner_up: Option | None
+    full: Option
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The choices of all heads.
+
+    Args:
+        cost: what costs are: `"block density"`, or `"time"` relative to dense attention.
+        price: error that one unit of a head's cost is worth at the plan's mean cost.
+        layers: the heads of each layer.
+        curve: (mean cost, error) of the best assignments, the cheapest first; errors as in
+            `Solution.predicted`.
+        point: (mean cost, error) of the plan.
+        note: what speed-up to expect end to end; `None` if the search measured no times.
+    """
+
+    cost: str
+    price: float
+    layers: dict[str, tuple[Choice, ...]]
+    curve: tuple[tuple[float, float], ...]
+    point: tuple[float, float]
+    note: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def choices(plan: Plan) -> Choices | None:
+    """Why the heads of a searched plan run what they run; `None` for a plan without evidence, or
+    one with patterns that its search did not try.
+
+    Raises:
+        ValueError: if the evidence does not fit together.
+    """
+    if not plan.evidence:
+        return None
+    evidence = Evidence.of_plan(plan)
+    chosen = _chosen(evidence, plan)
+    if chosen is None:
+        return None
+    timed = str(plan.provenance.get("budget", "")).startswith(("speedup", "latency"))
+    costs = evidence.relative_time if timed else evidence.cost
+    mean = costs.gather(-1, chosen[..., None]).double().mean().item()
+    price = price_at(evidence.error, costs, mean)
+    rows = {
+        name: tuple(
+            _choice(evidence, costs, price, layer, head, int(candidate))
+            for head, candidate in enumerate(chosen[layer])
+        )
+        for layer, name in enumerate(evidence.layers)
+    }
+    count = len(evidence.layers)
+    curve = tuple((cost, error / count) for cost, error in hull(evidence.error, costs))
+    predicted = predict(evidence, chosen)
+    kind = "time" if timed and evidence.time is not None else "block density"
+    note = timing_note(plan, plan.provenance.get("predicted", {}))
+    return Choices(kind, price, rows, curve, (mean, predicted["error"]), note)
+
+
+def _chosen(evidence: Evidence, plan: Plan) -> Tensor | None:
+    """Numbers of the candidates that the plan runs, int64 `[layers, heads]`."""
+    candidates = evidence.error.shape[-1]
+    shared = {pattern: index for index, pattern in enumerate(evidence.patterns)}
+    chosen = torch.zeros(evidence.error.shape[:-1], dtype=torch.long)
+    for layer, name in enumerate(evidence.layers):
+        for head, pattern in enumerate(plan.assignment[name]):
+            index = shared.get(pattern)
+            if index is None and pattern.kind == "columns":
+                own = range(len(evidence.patterns), candidates)
+                same = [c for c in own if evidence.pattern(layer, head, c) == pattern]
+                index = same[0] if same else None
+            if index is None:
+                return None
+            chosen[layer, head] = index
+    return chosen
+
+
+def _choice(
+    evidence: Evidence, costs: Tensor, price: float, layer: int, head: int, candidate: int
+) -> Choice:
+    def option(index: int) -> Option:
+        return Option(
+            str(evidence.pattern(layer, head, index)),
+            evidence.error[layer, head, index].item(),
+            costs[layer, head, index].item(),
+        )
+
+    loss = evidence.error[layer, head].double() + price * costs[layer, head].double()
+    loss = loss.nan_to_num(nan=torch.inf)
+    loss[candidate] = torch.inf
+    second = int(loss.argmin())
+    runner_up = option(second) if loss[second].isfinite() else None
+    return Choice(option(candidate), runner_up, option(evidence.full))

@@ -1,0 +1,88 @@
+"""Fidelity: the loosest plan whose generated videos stay close enough to the dense ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+PSNR_CAP = 100.0
+"""dB; of identical frames, whose ratio is infinite."""
+
+CHECKS = 6
+"""Most densities that are generated with and compared."""
+
+CLOSE = 0.25
+"""dB above what was asked for that is close enough to stop."""
+
+LOOSEST = 0.01
+"""Density below which none is tried, unless every plan is denser."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """The density to ask for, the PSNR in dB that its plan's videos have, and all
+    (density of a plan, PSNR) that were tried."""
+
+    density: float
+    psnr: float
+    checks: tuple[tuple[float, float], ...]
+
+
+def mean_psnr(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
+    """PSNR in dB of videos against references, float `[frames, height, width, 3]` in [0, 1]: mean
+    over frames, then over videos; a frame counts at most `PSNR_CAP`."""
+    return fmean(
+        torch.stack(
+            [
+                peak_signal_noise_ratio(came, wanted, data_range=1.0).clamp(max=PSNR_CAP)
+                for came, wanted in zip(video.double(), reference.double(), strict=True)
+            ]
+        )
+        .mean()
+        .item()
+        for reference, video in zip(references, videos, strict=True)
+    )
+
+
+def loosest(check: Callable[[float], tuple[float, float]], asked: float, least: float) -> Fidelity:
+    """The lowest density found to hold `asked` dB, by bisection of its logarithm.
+
+    Where both ends of the bracket were checked, the next is where a line through them meets what
+    was asked, but never in the outer tenths.
+
+    Args:
+        check: generates with the plan within a density and compares; gives the density that the
+            plan really has, and its PSNR in dB, which should rise with it.
+        asked: dB to be held.
+        least: density of the cheapest plan.
+
+    Returns:
+        Density 1, whose videos are the dense ones, if none of the `CHECKS` tried holds.
+    """
+    low, high = math.log(max(least, LOOSEST)), 0.0
+    below: float | None = None
+    above: float | None = None
+    checks: list[tuple[float, float]] = []
+    density, psnr = 1.0, PSNR_CAP
+    while len(checks) < CHECKS and high - low > 0.01:
+        place = 0.5
+        if below is not None and above is not None and above > below:
+            place = min(0.9, max(0.1, (asked + CLOSE / 2 - below) / (above - below)))
+        middle = low + place * (high - low)
+        spent, came = check(math.exp(middle))
+        checks.append((spent, came))
+        if came < asked:
+            low, below = middle, came
+            continue
+        density, psnr = math.exp(middle), came
+        # Plans between these two densities are this plan.
+        high, above = min(middle, math.log(max(spent, LOOSEST))), came
+        if came <= asked + CLOSE:
+            break
+    return Fidelity(density, psnr, tuple(checks))

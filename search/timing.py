@@ -1,0 +1,163 @@
+"""Timing: how long a dense generation takes and how much of it is attention, as a search saw it.
+
+From these a plan's time is predicted end to end by Amdahl's law: only the self-attention of the
+sparse steps becomes cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, Self
+
+from dit_sparse.kernels.calibration import device_name
+from dit_sparse.pipelines.capture import ATTENTION, OBSERVING
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One dense generation.
+
+    Args:
+        device: name of the device, as calibrations know it.
+        steps: denoising steps of a generation.
+        sparse_steps: how many of them the schedule does not run dense.
+        seconds_per_step: of a dense denoising step, all guidance branches.
+        attention_share: of such a step that is self-attention, in [0, 1].
+        seconds_outside: what the generation takes besides: encoding the prompt, decoding.
+    """
+
+    device: str
+    steps: int
+    sparse_steps: int
+    seconds_per_step: float
+    attention_share: float
+    seconds_outside: float
+
+    @property
+    def dense_seconds(self) -> float:
+        """Of the whole dense generation."""
+        return self.seconds_outside + self.steps * self.seconds_per_step
+
+    @property
+    def share(self) -> float:
+        """Of the whole dense generation that is self-attention."""
+        return self.steps * self.seconds_per_step * self.attention_share / self.dense_seconds
+
+    def seconds(self, cost: float) -> float:
+        """Of a generation whose sparse steps spend the share `cost` of dense attention."""
+        attention = self.sparse_steps * self.seconds_per_step * self.attention_share
+        return self.dense_seconds - attention * (1 - cost)
+
+    def speedup(self, cost: float) -> float:
+        """Of such a generation over the dense one."""
+        return self.dense_seconds / self.seconds(cost)
+
+    def cost_of(self, seconds: float) -> float:
+        """The share of dense attention that leaves a generation `seconds`; below 0 if no share
+        is that fast."""
+        attention = self.sparse_steps * self.seconds_per_step * self.attention_share
+        if not attention:
+            return 1.0 if seconds >= self.dense_seconds else -1.0
+        return 1 - (self.dense_seconds - seconds) / attention
+
+    def expectation(self, density: float, cost: float) -> str:
+        """What a person can expect of a plan of `density` that costs `cost` of dense attention."""
+        return (
+            f"attention is {self.share:.0%} of this run; at density {density:.2g} expect at most "
+            f"{self.speedup(cost):.2f}x"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a plan keeps of it: everything but the steps that its schedule makes sparse."""
+        return {name: value for name, value in asdict(self).items() if name != "sparse_steps"}
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Self | None:
+        """What the search of `plan` measured; `None` if it measured no times.
+
+        Raises:
+            ValueError: if the times do not make sense.
+        """
+        kept = plan.provenance.get("search", {}).get("timing")
+        if kept is None:
+            return None
+        try:
+            steps = range(kept["steps"])
+            sparse = sum(not plan.schedule.dense(step, len(steps)) for step in steps)
+            timing = cls(**{**kept, "sparse_steps": sparse})
+            sound = timing.seconds_per_step > 0 and timing.seconds_outside >= 0
+            sound = sound and 0 <= timing.attention_share <= 1
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the plan's timing is incomplete ({error}); search again") from error
+        if not sound:
+            raise ValueError(f"the plan's timing is impossible ({kept}); search again")
+        return timing
+
+
+class StepTimes:
+    """Times the dense steps of a search's runs, without what their observer did.
+
+    The first step of every run is left out: it holds the encoding of the prompt, and warms up.
+    """
+
+    def __init__(self) -> None:
+        self.stopwatch = Stopwatch()
+        self._steps: list[float] = []
+        self._attention: list[float] = []
+        self._calls = 0
+        self._outside: float | None = None
+        self._start = self._mark = self._before = 0.0
+        self._first = True
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._start = self._mark = self.stopwatch.now()
+        self._first = True
+
+    def step(self) -> None:
+        """A step of the run is done."""
+        now = self.stopwatch.now()
+        observing = self.stopwatch.lap(OBSERVING)
+        attention = self.stopwatch.lap(ATTENTION)
+        taken = now - self._mark - observing.seconds
+        if self._first:
+            self._before = taken
+        else:
+            self._steps.append(taken)
+            self._attention.append(attention.seconds)
+            self._calls = attention.count
+        self._first, self._mark = False, now
+
+    def end(self) -> None:
+        """The run is over, its latents decoded."""
+        if self._steps:
+            after = self.stopwatch.now() - self._mark
+            self._outside = max(0.0, self._before - median(self._steps)) + after
+
+    @property
+    def seconds_per_call(self) -> float | None:
+        """Of one dense attention call; `None` if no step was timed."""
+        return median(self._attention) / self._calls if self._attention and self._calls else None
+
+    def to_dict(self, steps: int) -> dict[str, Any] | None:
+        """What was measured, for a generation of `steps`; `None` if no step was timed."""
+        if not self._steps or self._outside is None:
+            return None
+        step = median(self._steps)
+        share = min(1.0, median(self._attention) / step)
+        device = device_name(self.stopwatch.device)
+        return Timing(device, steps, 0, step, share, self._outside).to_dict()
+
+
+def timing_note(plan: Plan, predicted: Mapping[str, float]) -> str | None:
+    """The end-to-end expectation of a plan; `None` if its search measured no times."""
+    timing = Timing.of_plan(plan)
+    if timing is None or "density" not in predicted:
+        return None
+    return timing.expectation(
+        predicted["density"], predicted.get("attention", predicted["density"])
+    )
