@@ -26,6 +26,7 @@ SHORT = {
     "radial": "R",
     "any_of": "A",
     "scored": "D",
+    "choice": "O",
 }
 MOST_DRAWN = 2500  # tokens; their pairs become pixels
 CURVE_WIDTH = 4.4  # inches

@@ -31,7 +31,7 @@ def chosen_patterns(
         ValueError: a pattern refuses the grid.
     """
     prices = [choice.price * _density(pattern, grid, block) for pattern in choice.patterns]
-    rows = sample_rows(grid.tokens, choice.rows).to(query.device)
+    rows = sample_rows(grid.tokens, choice.samples).to(query.device)
     valid = valid_tokens(grid)
     error = pattern_error(
         query,
@@ -57,7 +57,7 @@ def chosen_patterns(
 def choice_cost(choice: Choice, tokens: int) -> float:
     """FLOPs of choosing in those of dense attention: on its rows the logits, and the output of
     dense attention and of every pattern."""
-    return min(choice.rows, tokens) / tokens * (2 + len(choice.patterns)) / 2
+    return min(choice.samples, tokens) / tokens * (2 + len(choice.patterns)) / 2
 
 
 @lru_cache(maxsize=256)

@@ -138,14 +138,14 @@ class Choice(Definition):
 
     Attributes:
         patterns: to choose from, two at least.
-        rows: queries that are looked at.
+        samples: queries that are looked at.
         metric: of the error, see `error.pattern_error`.
         price, limit: the papers' lambda and epsilon; no limit if `None`.
     """
 
     kind: ClassVar[str] = "choice"
     patterns: tuple[Option, ...]
-    rows: int = 64
+    samples: int = 64
     metric: Metric = "mse"
     price: float = 0.0
     limit: float | None = None
@@ -159,8 +159,8 @@ class Choice(Definition):
         if wrong:
             known = ", ".join(option.kind for option in get_args(Option))
             raise ValueError(f"patterns of a choice must be of kind {known}, got {wrong[0]}")
-        if self.rows < 1:
-            raise ValueError(f"rows must be at least 1, got {self.rows}; 64 are usual")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}; 64 are usual")
         if self.price < 0:
             raise ValueError(f"price must not be negative, got {self.price}")
 

@@ -5,7 +5,7 @@
     {"kind": "radial", "variant": "repo", "decay": 0.2}
 
 A kind and its fields; counts joined by `x`, yes and no as 1 and 0, patterns of which any will do
-joined by `+`; or the JSON of a plan, which is the only form of a scored pattern.
+joined by `+`; or the JSON of a plan, which is the only form of a scored pattern or a choice.
 """
 
 import json
@@ -41,14 +41,14 @@ def pattern_from_text(text: str) -> Pattern:
 
 def _one(text: str) -> dict[str, Any]:
     kind, _, rest = text.partition(":")
-    if kind == "scored":
+    if kind in ("scored", "choice"):
         raise ValueError(
-            f"{text!r} is a scored pattern, which is given as JSON: "
+            f"{text!r} is a {kind} pattern, which is given as JSON: "
             '{"kind": "scored", "score": {"kind": "mass"}, "select": {"kind": "tiers", '
             '"density": 0.2}}'
         )
     if kind not in PATTERNS or kind == "any_of":
-        plain = ", ".join(name for name in PATTERNS if name not in ("any_of", "scored"))
+        plain = ", ".join(name for name in PATTERNS if name not in ("any_of", "scored", "choice"))
         raise ValueError(
             f"{text!r} names no pattern; write one of {plain}, its fields after a colon, and + "
             f"between {', '.join(MEMBERS)}: neighborhood:window=3x5x5,stride=1x2x2"

@@ -7,7 +7,16 @@ from functools import lru_cache
 from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.definition import Triple
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern, Radial
+from dit_sparse.kernels.pattern import (
+    AnyOf,
+    Band,
+    Choice,
+    Full,
+    Neighborhood,
+    Pattern,
+    Radial,
+    Skip,
+)
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import at_density as select_at_density
 
@@ -32,7 +41,7 @@ def at_grid(pattern: Pattern, source: TokenGrid, grid: TokenGrid) -> Pattern:
             factors = [new / old for old, new in zip(source.shape, grid.shape, strict=True)]
             window = _scaled(pattern.window, factors, grid.shape)
             return replace(pattern, window=window, stride=_scaled(pattern.stride, factors, window))
-        case AnyOf():
+        case AnyOf() | Choice():
             return replace(
                 pattern, patterns=tuple(at_grid(part, source, grid) for part in pattern.patterns)
             )
@@ -53,6 +62,11 @@ def at_density(pattern: Pattern, density: float, grid: TokenGrid, block: int) ->
         raise ValueError(f"density must be in (0, 1], got {density}")
     if isinstance(pattern, Scored):
         return replace(pattern, select=select_at_density(pattern.select, density))
+    if isinstance(pattern, Choice):
+        sized = (
+            p if p == Skip() else at_density(p, density, grid, block) for p in pattern.patterns
+        )
+        return replace(pattern, patterns=tuple(sized))
     if density == 1:
         return Full()
     family = _family(pattern, grid)

@@ -8,25 +8,19 @@ A group that needs a dense pass returns the dense output at that step.
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
 
 from torch import Tensor
 
-from dit_sparse.kernels.attention import sparse_attention
-from dit_sparse.kernels.blocks import BlockIndices, Density, block_indices
+from dit_sparse.kernels.blocks import Density
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Full, Pattern
 from dit_sparse.kernels.recall import block_recall
 from dit_sparse.kernels.remainder import Pair, cache_of
-from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.pipelines.heads import HeadGroup
 from dit_sparse.pipelines.memory import Found, Kept, Memory
-from dit_sparse.pipelines.report import DENSE
+from dit_sparse.pipelines.parts import Lists, Operands, Part, attend
+from dit_sparse.pipelines.report import DENSE, mean_density
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.pipelines.stopwatch import Stopwatch
-
-GRIDS_KEPT = 4
-"""Resolutions whose block lists stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +36,6 @@ class Place:
     def key(self) -> tuple[str, str, int]:
         """All but the step."""
         return self.branch, self.layer, self.group
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Operands:
-    """Query, key and value of the heads of a group, `[batch, tokens, heads, head_dim]`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,11 +75,8 @@ class GroupAttention:
         backend: str,
         cache_limit: int | None,
     ) -> None:
-        lists = {(group.patterns, group.pooled) for group in groups}
-        lists |= {((Full(),) * len(group.heads), 0) for group in groups}
-        self._listed = lru_cache(maxsize=GRIDS_KEPT * len(lists))(self._block_indices)
+        self._lists = Lists(groups, block)
         self._schedule = schedule
-        self._block = block
         self._backend = backend
         self._cache_limit = cache_limit
         self.begin()
@@ -114,29 +95,25 @@ class GroupAttention:
             ValueError: a pattern refuses the grid.
         """
         last, kept = self.memory.found.get(self._owner(place)), self.memory.kept.get(place.key)
-        search = group.scored is not None and self._search_due(last, operands, place.step)
+        search = group.found and self._search_due(last, operands, place.step)
         renew = group.remainder.cached and self._cache_due(kept, last, search, place.step)
         dense = None
         if renew or (search and last is None and group.needs_lse):
-            full = self._listed((Full(),) * len(group.heads), 0, grid)[0]
-            dense = self._pass(operands, full)
+            dense = self._pass(operands, self._lists.full(len(group.heads), grid))
         if search:
-            last = self._search(group, operands, grid, place, last, dense)
+            last = self._search(group, operands, grid, place.step, last, dense)
             self.memory.find(self._owner(place), last)
-        if last is None:
-            blocks, density = self._listed(group.patterns, group.pooled, grid)
-        else:
-            blocks, density = last.blocks, last.density
-        flops = float(dense is not None) + search * group.search_cost(self._block)
+        parts = self._lists.analytic(group, grid) if last is None else last.parts
+        flops = float(dense is not None) + search * group.search_cost(grid, self._lists.block)
         if dense is not None and not renew:
             return Computed(dense[0], DENSE, flops, dense=True)
-        sparse = self._pass(operands, blocks)
+        sparse = self._pass(operands, parts)
+        density = mean_density([(part.density, len(part.heads)) for part in parts])
         flops += density.weighted
         with self.stopwatch.stretch("remainder", sparse[0].device):
             if dense is not None:
-                self.memory.keep(
-                    place.key, Kept(place.step, cache_of(group.cached, dense, sparse))
-                )
+                cache = cache_of(group.cached, dense, sparse)
+                self.memory.keep(place.key, Kept(place.step, cache))
                 return Computed(dense[0], DENSE, flops, dense=True)
             output = sparse[0]
             if kept is not None and kept.cache is not None:
@@ -154,7 +131,7 @@ class GroupAttention:
         if last.recall is None or self._schedule.recall is None or step == last.step:
             return False
         with self.stopwatch.stretch("search", operands.query.device):
-            recall = block_recall(operands.query, operands.key, last.blocks, scale=operands.scale)
+            recall = self._recall(operands, last.parts)
         return recall < self._schedule.recall * last.recall
 
     def _cache_due(self, kept: Kept | None, last: Found | None, search: bool, step: int) -> bool:
@@ -171,46 +148,24 @@ class GroupAttention:
         group: HeadGroup,
         operands: Operands,
         grid: TokenGrid,
-        place: Place,
+        step: int,
         last: Found | None,
         dense: Pair | None,
     ) -> Found:
-        assert group.scored is not None
-        query, key, scale = operands.query, operands.key, operands.scale
-        lse = None
+        lse: Tensor | None = None
         if group.needs_lse:
             lse = dense[1] if dense is not None else last.lse if last is not None else None
-        with self.stopwatch.stretch("search", query.device):
-            blocks = scored_blocks(
-                group.scored,
-                query,
-                key,
-                geometry(group.scored.order, grid, len(group.heads), self._block),
-                scale=scale,
-                lse=lse,
-                pooled=group.pooled,
-            )
-            recall = None
-            if self._schedule.recall is not None:
-                recall = block_recall(query, key, blocks, scale=scale)
-            density = blocks.density()
+        with self.stopwatch.stretch("search", operands.query.device):
+            parts = self._lists.found(group, operands, grid, lse)
+            watched = group.scored is not None and self._schedule.recall is not None
+            recall = self._recall(operands, parts) if watched else None
         again = self._schedule.renews_again
-        return Found(place.step, blocks, density, lse if again else None, recall)
+        return Found(step, parts, lse if again else None, recall)
 
-    def _pass(self, operands: Operands, blocks: BlockIndices) -> Pair:
+    def _recall(self, operands: Operands, parts: tuple[Part, ...]) -> float:
+        (part,) = parts
+        return block_recall(operands.query, operands.key, part.blocks, scale=operands.scale)
+
+    def _pass(self, operands: Operands, parts: tuple[Part, ...]) -> Pair:
         with self.stopwatch.stretch("attention", operands.query.device):
-            return sparse_attention(
-                operands.query,
-                operands.key,
-                operands.value,
-                blocks,
-                scale=operands.scale,
-                backend=self._backend,
-            )
-
-    def _block_indices(
-        self, patterns: tuple[Pattern, ...], pooled: int, grid: TokenGrid
-    ) -> tuple[BlockIndices, Density]:
-        block = self._block
-        blocks = block_indices(patterns, grid, block_q=block, block_k=block, pooled=pooled)
-        return blocks, blocks.density()
+            return attend(parts, operands, self._backend)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from dit_sparse.kernels.choosing import choice_cost
+from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
-from dit_sparse.kernels.pattern import Full, Pattern
+from dit_sparse.kernels.pattern import Choice, Found, Full, Pattern
 from dit_sparse.kernels.remainder import Cached, Drop, Pooled, Remainder
 from dit_sparse.kernels.scored import Scored
 
@@ -12,7 +14,7 @@ from dit_sparse.kernels.scored import Scored
 class HeadGroup:
     """Heads whose patterns want one token order and that have one remainder.
 
-    Scored patterns form groups of their own, one for each.
+    Patterns that are found while denoising form groups of their own, one for each.
     """
 
     heads: tuple[int, ...]
@@ -24,6 +26,17 @@ class HeadGroup:
         """The scored pattern of all heads, if they have one."""
         first = self.patterns[0]
         return first if isinstance(first, Scored) else None
+
+    @property
+    def choice(self) -> Choice | None:
+        """The choice of all heads, if they have one."""
+        first = self.patterns[0]
+        return first if isinstance(first, Choice) else None
+
+    @property
+    def found(self) -> bool:
+        """Whether the blocks are found while denoising."""
+        return self.scored is not None or self.choice is not None
 
     @property
     def cached(self) -> Cached:
@@ -44,10 +57,12 @@ class HeadGroup:
     @property
     def renewed(self) -> bool:
         """Whether anything is kept from step to step."""
-        return self.scored is not None or self.remainder.cached
+        return self.found or self.remainder.cached
 
-    def search_cost(self, block: int) -> float:
-        """What finding the blocks takes, in dense attention."""
+    def search_cost(self, grid: TokenGrid, block: int) -> float:
+        """FLOPs of finding the blocks in those of dense attention."""
+        if self.choice is not None:
+            return choice_cost(self.choice, grid.tokens)
         return 0.0 if self.scored is None else self.scored.score.cost(block)
 
 
@@ -61,10 +76,10 @@ def head_groups(
     """
     if all(pattern == Full() for pattern in patterns):
         return ()
-    groups: dict[tuple[Remainder, Scored | TokenOrder | None], list[int]] = {}
+    groups: dict[tuple[Remainder, Found | TokenOrder | None], list[int]] = {}
     riders: dict[Remainder, list[int]] = {}
     for head, (pattern, remainder) in enumerate(zip(patterns, remainders, strict=True)):
-        if isinstance(pattern, Scored):
+        if isinstance(pattern, Found):
             groups.setdefault((remainder, pattern), []).append(head)
         elif pattern.order is not None:
             groups.setdefault((remainder, pattern.order), []).append(head)
@@ -72,7 +87,7 @@ def head_groups(
             own = Drop() if pattern == Full() else remainder
             riders.setdefault(own, []).append(head)
     for remainder, heads in riders.items():
-        hosts = (key for key in groups if key[0] == remainder and not isinstance(key[1], Scored))
+        hosts = (key for key in groups if key[0] == remainder and not isinstance(key[1], Found))
         groups.setdefault(next(hosts, (remainder, None)), []).extend(heads)
     return tuple(
         HeadGroup(tuple(sorted(heads)), tuple(patterns[head] for head in sorted(heads)), remainder)

@@ -14,8 +14,9 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import Density
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.pipelines.binding import Binding, Site, bind, receiver_of
-from dit_sparse.pipelines.group_attention import GroupAttention, Operands, Place
+from dit_sparse.pipelines.group_attention import GroupAttention, Place
 from dit_sparse.pipelines.heads import HeadGroup, head_groups
+from dit_sparse.pipelines.parts import Operands
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.report import (
     DENSE,
@@ -146,9 +147,7 @@ class SparseAttentionHook:
             densities.append((computed.density, len(group.heads)))
             flops += computed.flops * len(group.heads) / call.query.shape[2]
             dense = dense and computed.dense
-        density = mean_density(densities)
-        assert density is not None
-        return output, Call(density, flops, "renewal" if dense else None)
+        return output, Call(mean_density(densities), flops, "renewal" if dense else None)
 
 
 def enable_sparse_attention(

@@ -9,25 +9,23 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import BlockIndices, Density
 from dit_sparse.kernels.remainder import Cache
+from dit_sparse.pipelines.parts import Part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """The blocks of a scored pattern, as they were found at a step.
+    """The blocks of a pattern that is found while denoising, as they were found at a step.
 
     Args:
         step (`int`): the denoising step.
-        blocks (`BlockIndices`): the list.
-        density (`Density`): of the list.
+        parts (`tuple[Part, ...]`): the lists.
         lse (`Tensor`, *optional*): of dense attention, for the next search.
         recall (`float`, *optional*): share of attention that the list held when it was found.
     """
 
     step: int
-    blocks: BlockIndices
-    density: Density
+    parts: tuple[Part, ...]
     lse: Tensor | None = None
     recall: float | None = None
 

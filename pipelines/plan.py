@@ -15,9 +15,8 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.pattern import Found, Full, Pattern, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
-from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
@@ -189,7 +188,7 @@ class Plan:
         of remainders."""
         patterns = chain.from_iterable(self.assignment.values())
         remainders = chain.from_iterable(self.remainders.values())
-        return any(isinstance(p, Scored) for p in patterns) or any(r.cached for r in remainders)
+        return any(isinstance(p, Found) for p in patterns) or any(r.cached for r in remainders)
 
     def remainders_of(self, layer: str) -> tuple[Remainder, ...]:
         """The remainder of every head of a layer."""

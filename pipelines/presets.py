@@ -8,7 +8,16 @@ share of every axis that they had, steps their share of the generation.
 from dataclasses import dataclass, replace
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import AnyOf, Band, Neighborhood, Pattern, Radial, Sink
+from dit_sparse.kernels.pattern import (
+    AnyOf,
+    Band,
+    Choice,
+    Neighborhood,
+    Pattern,
+    Radial,
+    Sink,
+    Skip,
+)
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
 from dit_sparse.kernels.scaling import at_density, at_grid
 from dit_sparse.kernels.score import Mass, Means, Random, Sampled
@@ -87,6 +96,36 @@ PRESETS: dict[str, Preset] = {
         Scored(Mass(rows=None), Tiers(0.2)),
         Schedule(dense_first=9, renew_at=(29,)),
         block=64,
+    ),
+    "sparse-vdit": Preset(
+        "arXiv 2506.03065, section 5.1: lambda 0.5, epsilon 1; every head chooses at its first "
+        "sparse step; without stripes, whose rule is not published",
+        HUNYUAN,
+        50,
+        Choice(
+            (
+                Skip(),
+                Band.of_density(0.25, HUNYUAN),
+                Band.of_density(0.25, HUNYUAN, "pixel_major"),
+            ),
+            metric="sum_d",
+            price=0.5,
+            limit=1.0,
+        ),
+        Schedule(dense_first=10),
+    ),
+    "svg1": Preset(
+        "arXiv 2502.01776, the authors' code for Wan 2.1: density 0.3, sink, one dense layer",
+        WAN,
+        50,
+        Choice(
+            (
+                AnyOf((Band.of_density(0.3, WAN), Sink())),
+                AnyOf((Band.of_density(0.3, WAN, "pixel_major"), Sink())),
+            )
+        ),
+        Schedule(dense_first=10, renew_every=1),
+        dense_layers=1,
     ),
     "re-ttention": Preset(
         "arXiv 2505.22918, section 4: CogVideoX-2b, window of 1/32 of a frame, period 5",

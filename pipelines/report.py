@@ -119,8 +119,8 @@ class Record:
         total = sum(times for _, times in every)
         return AttentionReport(
             layers=tuple(self._layer(layer) for layer in layers),
-            density=mean_density([(call.density, times) for call, times in every]),
-            density_sparse=mean_density(sparse),
+            density=mean_density([(c.density, times) for c, times in every]) if every else None,
+            density_sparse=mean_density(sparse) if sparse else None,
             flops=sum(call.flops * times for call, times in every) / total if total else None,
             cache_bytes=memory.peak,
             dropped_caches=memory.dropped,
@@ -135,13 +135,12 @@ class Record:
             if call.dense is not None:
                 dense[call.dense] += times
         sparse = [(call.density, times) for call, times in own if call.dense is None]
-        return LayerReport(layer, sum(t for _, t in sparse), dict(dense), mean_density(sparse))
+        density = mean_density(sparse) if sparse else None
+        return LayerReport(layer, sum(times for _, times in sparse), dict(dense), density)
 
 
-def mean_density(weighted: list[tuple[Density, int]]) -> Density | None:
-    """The mean of densities with weights; `None` of none."""
+def mean_density(weighted: list[tuple[Density, int]]) -> Density:
+    """The mean of densities with weights, at least one of them above 0."""
     total = sum(weight for _, weight in weighted)
-    if not total:
-        return None
     sums = zip(*(tuple(d * w for d in astuple(density)) for density, w in weighted), strict=True)
     return Density(*(sum(column) / total for column in sums))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
+from dit_sparse.kernels.choosing import chosen_patterns
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Band, Full, Pattern, Skip
+from dit_sparse.kernels.pattern import Band, Choice, Full, Pattern, Skip
 from dit_sparse.kernels.remainder import (
     Complement,
     Drop,
@@ -25,14 +26,16 @@ from dit_sparse.kernels.score import Mass, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.kernels.select import TopRow
-from dit_sparse.pipelines.group_attention import Computed, GroupAttention, Operands, Place
+from dit_sparse.pipelines.group_attention import Computed, GroupAttention, Place
 from dit_sparse.pipelines.heads import HeadGroup
+from dit_sparse.pipelines.parts import Operands
 from dit_sparse.pipelines.schedule import Schedule
 
 GRID = TokenGrid(2, 5, 7, text_after=5)
 BLOCK, HEADS = 8, 2
 MASS = Scored(Mass(rows=None), TopRow(0.5))
 SAMPLED = Scored(Sampled(4), TopRow(0.5))
+CHOICE = Choice((Band(30), Skip()))
 
 
 def operands(step: int, branch: str = "cond", turn: float = 0.2) -> Operands:
@@ -127,7 +130,28 @@ def test_scores_without_an_lse_never_run_dense() -> None:
         assert came.flops == pytest.approx(found.density().weighted + 0.5 * (4 / BLOCK) ** 2)
 
 
-@pytest.mark.parametrize("pattern", [Band(9), Skip(), MASS], ids=str)
+def test_SG_heads_that_choose_differently_run_what_they_chose() -> None:
+    choice = Choice((Band(9), Band(5, "pixel_major"), Skip()), samples=GRID.tokens)
+    run, compute = runner(choice, Drop(), Schedule(renew_every=1))
+    of = operands(0)
+    # One head sees the next tokens, the other the same place of the other frame.
+    codes = torch.randn(35, 16, generator=torch.Generator().manual_seed(3))
+    for head, code in enumerate((codes[:14].repeat_interleave(5, 0), codes.repeat(2, 1))):
+        of.query[:, : GRID.video, head] = of.key[:, : GRID.video, head] = 3 * code
+    came = run(0, of=of)
+    parts = compute.memory.found["cond", "a", 0].parts
+    patterns = {head: part.blocks.patterns for part in parts for head in part.heads}
+    assert [part.heads for part in parts] == [(0,), (1,)]
+    assert patterns == {0: (Band(9),), 1: (Band(5, "pixel_major"),)}
+    for head in range(HEADS):
+        one = Operands(*(x[:, :, [head]] for x in (of.query, of.key, of.value)), None)
+        blocks = block_indices(patterns[head], GRID, block_q=BLOCK, block_k=BLOCK)
+        assert_same(came.output[:, :, [head]], attend(one, blocks)[0])
+    weights = [part.blocks.density().weighted for part in parts]
+    assert came.flops == pytest.approx(sum(weights) / 2 + 2.5)
+
+
+@pytest.mark.parametrize("pattern", [Band(9), Skip(), MASS, CHOICE], ids=str)
 @pytest.mark.parametrize("remainder", [Complement("float32"), Rescale(storage="float32")], ids=str)
 def test_RE_caches_are_taken_at_dense_steps_and_used_until_the_next(
     pattern: Pattern, remainder: Complement | Rescale
@@ -140,6 +164,9 @@ def test_RE_caches_are_taken_at_dense_steps_and_used_until_the_next(
             exact = dense(of)
             if isinstance(pattern, Scored):
                 blocks = searched(pattern, of, exact[1])
+            elif isinstance(pattern, Choice):
+                chosen = chosen_patterns(pattern, of.query, of.key, of.value, GRID, BLOCK)
+                blocks = block_indices(chosen, GRID, block_q=BLOCK, block_k=BLOCK)
             else:
                 blocks = listed(pattern)
             cache = cache_of(remainder, exact, attend(of, blocks))
@@ -238,14 +265,14 @@ def test_caches_beyond_the_limit_are_those_of_least_loss() -> None:
 def test_SD3_a_pattern_that_moves_is_searched_again() -> None:
     run, compute = runner(MASS, Drop(), Schedule(recall=0.9))
     run(0)
-    before = compute.memory.found["cond", "a", 0].blocks
+    before = compute.memory.found["cond", "a", 0].parts
     run(1)
-    assert compute.memory.found["cond", "a", 0].blocks is before
+    assert compute.memory.found["cond", "a", 0].parts is before
     moved = operands(0, "another branch")
     run(2, of=moved)
     after = compute.memory.found["cond", "a", 0]
     assert after.step == 2
-    assert after.blocks is not before
+    assert after.parts is not before
     quiet, other = runner(MASS, Drop(), Schedule())
     quiet(0)
     quiet(2, of=moved)

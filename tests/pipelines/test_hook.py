@@ -257,17 +257,17 @@ def test_G10_an_exception_in_the_middle_leaves_a_clean_state() -> None:
 
 
 def fail_inside_attention(pipe: Any, hook: Any) -> None:
-    attention = hook._attention
-    original = attention._listed
+    lists = hook._attention._lists
+    original = lists._listed
 
     def fail(*_: object) -> None:
         raise ValueError("refuses this grid")
 
-    attention._listed = fail
+    lists._listed = fail
     try:
         tiny.generate(pipe)
     finally:
-        attention._listed = original
+        lists._listed = original
 
 
 def disable_refused(pipe: Any) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from dit_sparse.kernels.blocks import Density
 from dit_sparse.pipelines.memory import Memory
-from dit_sparse.pipelines.report import DENSE, Call, Record, mean_density
+from dit_sparse.pipelines.report import DENSE, Call, Record
 
 
 def test_densities_and_flops_are_averaged_over_calls_with_and_without_the_dense_ones() -> None:
@@ -42,8 +42,3 @@ def test_before_the_first_call_nothing_is_known() -> None:
     report = Record().report(["a"], 0.0, {}, Memory())
     assert report.sparse_calls == 0
     assert report.density is report.density_sparse is report.flops is None
-
-
-def test_the_mean_of_no_density_is_none() -> None:
-    assert mean_density([]) is None
-    assert mean_density([(Density(0.5, 0.5, 0.5), 2)]) == Density(0.5, 0.5, 0.5)
