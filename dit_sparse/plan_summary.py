@@ -109,7 +109,7 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
         grid=grid,
         block=plan.block,
         schedule=plan.schedule,
-        predicted=plan.provenance.get("predicted", {}),
+        predicted=plan.predicted,
         achieved=plan.provenance.get("achieved", {}),
         choices=choices(plan),
     )

@@ -50,6 +50,8 @@ class Plan:
         provenance (`dict`): how the plan came about; any JSON object.
         evidence (`dict[str, Tensor]`): the tables of the search, from which another budget is
             solved; may be empty.
+        timing (`dict`): what clocks said, and what was predicted from it; any JSON object. It is
+            never the same twice and no part of the digest.
 
     Raises:
         ValueError: if `assignment` does not fit `model`, or `provenance` is not JSON.
@@ -70,6 +72,7 @@ class Plan:
     block: int = 64
     provenance: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, Tensor] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if type(self.block) is not int or self.block < 1:
@@ -104,11 +107,12 @@ class Plan:
                     f"{component}: expected {self.model[component].layers} layers, came {count}; "
                     "name every layer, with Full() for the heads that stay dense"
                 )
-        try:
-            plain = json.loads(json.dumps(self.provenance, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"provenance: expected a JSON object: {error}") from error
-        object.__setattr__(self, "provenance", plain)
+        for name in ("provenance", "timing"):
+            try:
+                plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: expected a JSON object: {error}") from error
+            object.__setattr__(self, name, plain)
 
     @classmethod
     def uniform(
@@ -156,7 +160,7 @@ class Plan:
             grid (`tuple[int, int, int]`): frames, height and width in tokens.
             steps (`int`): denoising steps of a generation.
             density (`float`, *optional*): block density of the sparse steps, instead of the
-                published one.
+                published one; the first 12 of 50 steps are then dense, for every preset alike.
 
         Raises:
             ValueError: if there is no such preset, or its pattern cannot have that density.
@@ -225,6 +229,12 @@ class Plan:
             )
 
     @property
+    def predicted(self) -> dict[str, float]:
+        """What the search expects of the plan: `density`, `error` and, where times are known,
+        `attention`, `speedup` and `seconds`; empty without a search."""
+        return self.provenance.get("predicted", {}) | self.timing.get("predicted", {})
+
+    @property
     def digest(self) -> str:
         """sha256 over the canonical JSON and the evidence, hexadecimal."""
         return plan_file.digest(self._file().model_dump(mode="json"), self.evidence)
@@ -267,6 +277,7 @@ class Plan:
                 block=file.block,
                 provenance=file.provenance,
                 evidence=evidence,
+                timing=file.timing,
             )
         except IndexError as error:
             raise ValueError(
@@ -302,6 +313,7 @@ class Plan:
             cache_limit=self.cache_limit,
             provenance=self.provenance,
             evidence=sorted(self.evidence),
+            timing=self.timing,
         )
 
 

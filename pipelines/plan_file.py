@@ -14,6 +14,7 @@
     provenance        how the plan came about
     evidence          names of the arrays in evidence.safetensors
     digest            sha256 over all of the above, in canonical form, and the arrays
+    timing            what clocks said of the search; never the same twice, so not in the digest
 
 Nothing here is pickled. The model below is what is checked when a file is parsed.
 """
@@ -85,11 +86,13 @@ class PlanFile(_Strict):
     cache_limit: NonNegativeInt | None
     provenance: dict[str, Any]
     evidence: list[str]
+    timing: dict[str, Any]
 
 
 def digest(document: dict[str, Any], evidence: dict[str, Tensor]) -> str:
-    """sha256 over the canonical JSON of a plan and its arrays, hexadecimal."""
-    hasher = hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+    """sha256 over the canonical JSON of a plan without its timing, and its arrays; hexadecimal."""
+    lasting = {name: value for name, value in document.items() if name != "timing"}
+    hasher = hashlib.sha256(json.dumps(lasting, sort_keys=True, separators=(",", ":")).encode())
     for name, array in sorted(evidence.items()):
         hasher.update(f"{name} {array.dtype} {list(array.shape)}".encode())
         flat = array.detach().cpu().contiguous().reshape(-1)
@@ -186,10 +189,10 @@ def _readable(document: dict[str, Any]) -> str:
     """JSON with one line per pattern and per layer, so that two plans can be compared."""
     lines = []
     for key, value in document.items():
-        if key in ("model", "assignment") and value:
+        if key in ("model", "assignment", "treatment") and value:
             entries = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
             lines.append(f"  {json.dumps(key)}: {{\n" + ",\n".join(entries) + "\n  }")
-        elif key == "patterns":
+        elif key in ("patterns", "remainders") and value:
             entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
             lines.append(f"  {json.dumps(key)}: [\n{entries}\n  ]")
         else:

@@ -30,6 +30,10 @@ HUNYUAN = TokenGrid(30, 48, 80, text_after=256)
 WAN = TokenGrid(21, 45, 80)
 
 
+COMPARED = 12 / 50
+"""Share of the steps that run dense where methods are compared at one density."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A published setting.
@@ -55,14 +59,17 @@ class Preset:
     block: int = 128
 
     def fitted(self, grid: TokenGrid, steps: int, density: float | None) -> "Preset":
-        """The same for another grid and number of steps, and at a block density if given."""
+        """The same for another grid and number of steps; at a block density, if given, with
+        the dense first steps of `COMPARED` instead of the paper's own."""
         pattern = at_grid(self.pattern, self.grid, grid)
+        dense_first = self.schedule.dense_first / self.steps
         if density is not None:
             pattern = at_density(pattern, self._listed(density), grid, self.block)
+            dense_first = COMPARED
         share = steps / self.steps
         schedule = replace(
             self.schedule,
-            dense_first=round(self.schedule.dense_first * share),
+            dense_first=round(dense_first * steps),
             dense_last=round(self.schedule.dense_last * share),
             renew_every=_period(self.schedule.renew_every, share),
             renew_at=tuple(round(step * share) for step in self.schedule.renew_at),

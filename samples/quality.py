@@ -2,6 +2,7 @@
 
     python samples/quality.py search      # once: samples/plans/moving-shapes-d50, -d30, -d20
     python samples/quality.py compare     # samples/quality/comparison.json and table.md
+    python samples/quality.py presets     # samples/quality/presets.json and presets.md
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
 of the search within the density, the one of least total error is taken.
@@ -13,10 +14,12 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dit_sparse.comparison import Comparison, PlanResult, compare, write_comparison
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import read_prompts
 from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
@@ -29,14 +32,16 @@ MODEL = SAMPLES / "models" / "moving-shapes"
 PLANS = SAMPLES / "plans"
 RESULTS = SAMPLES / "quality"
 DENSITIES = (0.5, 0.3, 0.2)
+PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
+PRESET_PROMPTS = 1
 SCHEDULE = Schedule(dense_first=4)
 """A fifth of the sample model's 20 steps."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("search", "compare"))
-    {"search": search, "compare": measure}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("search", "compare", "presets"))
+    {"search": search, "compare": measure, "presets": presets}[parser.parse_args().what]()
 
 
 def search() -> None:
@@ -81,22 +86,77 @@ def measure() -> None:
     (RESULTS / "table.md").write_text(table(result))
 
 
+def presets() -> None:
+    """Every published setting, the baselines and combinations, and the searched plans beside them:
+    as published, and at common densities of the sparse steps with common dense steps."""
+    session = open_session(MODEL)
+    prompts = read_prompts(SAMPLES / "prompts" / "held-out.txt")[:PRESET_PROMPTS]
+    plans, reasons = preset_plans("everything", PRESET_DENSITIES, session.pipe, session.settings)
+    for density in DENSITIES:
+        plans[f"searched@{density:g}"] = Plan.from_pretrained(PLANS / plan_name(density))
+    result = compare(
+        session.pipe, "samples/models/moving-shapes", prompts, session.settings, plans
+    )
+    with TemporaryDirectory(dir=RESULTS) as folder:
+        write_comparison(Path(folder), result).replace(RESULTS / "presets.json")
+    (RESULTS / "presets.md").write_text(presets_table(result, reasons))
+
+
+def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
+    """What the presets compute, keep and lose, as a Markdown table; the best first."""
+    lines = [
+        "| plan | element | block | weighted | FLOPs | cache MB | PSNR dB | SSIM | search | rest |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {plan.name} | "
+            + " | ".join(f"{plan.density[kind]:.3f}" for kind in ("element", "block", "weighted"))
+            + f" | {plan.flops:.3f} | {plan.cache_bytes / 1e6:.1f} | {plan.psnr_rgb.mean:.2f} "
+            f"| {plan.ssim.mean:.4f} | {_stage(plan, 'search')} | {_stage(plan, 'remainder')} |"
+            for plan in sorted(result.plans, key=lambda plan: (_asked(plan), -plan.psnr_rgb.mean))
+        ),
+        "",
+        "Densities and FLOPs over all self-attention calls, dense steps as 1; FLOPs with searches "
+        "and caches. search, rest: seconds of finding blocks and of remainders, relative to those "
+        f"of the attention in sparse steps. {_conditions(result)}",
+        *(f"Left out: {name}: {reason}." for name, reason in reasons.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _asked(plan: PlanResult) -> float:
+    """Minus the density that was asked for, so that published settings come first."""
+    _, at, density = plan.name.partition("@")
+    return -float(density) if at else -2.0
+
+
+def _stage(plan: PlanResult, name: str) -> str:
+    attention = plan.stages.get("attention", 0.0)
+    return f"{plan.stages.get(name, 0.0) / attention:.1%}" if attention else "-"
+
+
 def table(result: Comparison) -> str:
     """The comparison as a Markdown table with machine, versions and revision."""
-    environment = result.environment
-    machine, packages = environment["machine"], environment["packages"]
     lines = [
         "| plan | block density | PSNR dB | worst | SSIM | speed-up | low – high |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *(_row(plan) for plan in result.plans),
         "",
-        f"{len(result.prompts)} held-out prompts, {result.settings.steps} steps, "
-        f"{result.settings.dtype}, dense {result.dense.seconds.median:.1f} s. Block density over "
-        "all self-attention calls, the dense first steps as 1. "
-        f"{machine['processor']}, {machine['cores']} cores, torch {packages['torch']}, diffusers "
-        f"{packages['diffusers']}, revision {environment['revision']}.",
+        f"Dense {result.dense.seconds.median:.1f} s. Block density over all self-attention calls, "
+        f"the dense first steps as 1. {_conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _conditions(result: Comparison) -> str:
+    """Under which a comparison was made."""
+    environment, count = result.environment, len(result.prompts)
+    machine, packages = environment["machine"], environment["packages"]
+    return (
+        f"{count} held-out prompt{'s' * (count > 1)}, {result.settings.steps} steps, "
+        f"{result.settings.dtype}. {machine['processor']}, {machine['cores']} cores, torch "
+        f"{packages['torch']}, diffusers {packages['diffusers']}, revision "
+        f"{environment['revision']}."
+    )
 
 
 def plan_name(density: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.solution import predict
+from dit_sparse.search.solution import solution_of
 from dit_sparse.search.timing import timing_note
 
 
@@ -89,9 +89,9 @@ def choices(plan: Plan) -> Choices | None:
     }
     count = len(evidence.layers)
     curve = tuple((cost, error / count) for cost, error in hull(evidence.error, costs))
-    predicted = predict(evidence, chosen)
+    predicted = solution_of(evidence, chosen).predicted
     kind = "time" if timed and evidence.time is not None else "block density"
-    note = timing_note(plan, plan.provenance.get("predicted", {}))
+    note = timing_note(plan)
     return Choices(kind, price, rows, curve, (mean, predicted["error"]), note)
 
 

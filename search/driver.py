@@ -138,12 +138,18 @@ def search_plan(
         "rows": rows,
         "metric": metric,
         "through_wo": through_wo,
-        "timing": times.to_dict(steps),
         "costs": "block density" if evidence.time is None else "measured",
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }
     provenance = {"search": evidence.description() | settings}
-    searched = replace(base, grid=grid.shape, provenance=provenance, evidence=evidence.arrays())
+    measured = times.to_dict(steps)
+    searched = replace(
+        base,
+        grid=grid.shape,
+        provenance=provenance,
+        evidence=evidence.arrays(),
+        timing={} if measured is None else {"dense": measured},
+    )
     if budget.psnr is None:
         return resolve(searched, budget)
 
@@ -151,7 +157,7 @@ def search_plan(
         plan = resolve(searched, Budget(density=density))
         with enable_sparse_attention(pipe, plan):
             videos = generations.sparse(prompts, steps)
-        return plan.provenance["predicted"]["density"], mean_psnr(references, videos)
+        return plan.predicted["density"], mean_psnr(references, videos)
 
     found = loosest(compare, budget.psnr, evidence.cost.amin(-1).double().mean().item())
     generations.finish()
@@ -172,8 +178,12 @@ def resolve(plan: Plan, budget: Budget) -> Plan:
     solution = solve(evidence, budget, Timing.of_plan(plan))
     provenance = plan.provenance | {"budget": str(budget), "predicted": solution.predicted}
     provenance.pop("achieved", None)
-    assignment = evidence.assignment(solution.chosen)
-    return replace(plan, assignment=assignment, provenance=provenance)
+    return replace(
+        plan,
+        assignment=evidence.assignment(solution.chosen),
+        provenance=provenance,
+        timing=plan.timing | {"predicted": solution.times},
+    )
 
 
 def observed_steps(steps: int, schedule: Schedule, count: int) -> tuple[int, ...]:

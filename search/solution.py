@@ -27,13 +27,15 @@ class Solution:
 
     Args:
         chosen: int64 `[layers, heads]`, numbers of candidates.
-        predicted: `density` (block density, mean over heads), `error` (mean over layers of the
-            summed errors of their heads) and, where times are known, `attention` (seconds of the
-            sparse steps' attention relative to dense), `speedup` and `seconds` of a generation.
+        predicted: `density` (block density, mean over heads) and `error` (mean over layers of the
+            summed errors of their heads).
+        times: where any were measured, `attention` (seconds of the sparse steps' attention
+            relative to dense), `speedup` and `seconds` of a generation.
     """
 
     chosen: Tensor
     predicted: dict[str, float]
+    times: dict[str, float]
 
 
 def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> Solution:
@@ -52,26 +54,27 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
         chosen = assign_cheapest(evidence.error, evidence.cost, budget.error / heads)
     else:
         chosen = _in_time(evidence, budget, timing)
-    return Solution(chosen, predict(evidence, chosen, timing))
+    return solution_of(evidence, chosen, timing)
 
 
-def predict(evidence: Evidence, chosen: Tensor, timing: Timing | None = None) -> dict[str, float]:
-    """What is expected of the candidates `chosen`, int64 `[layers, heads]`; see `Solution`."""
+def solution_of(evidence: Evidence, chosen: Tensor, timing: Timing | None = None) -> Solution:
+    """The candidates `chosen`, int64 `[layers, heads]`, with what is expected of them."""
     predicted = {
         "density": _mean(evidence.cost, chosen),
         "error": _mean(evidence.error, chosen) * chosen.shape[1],
     }
-    if timing is not None:
-        spent = evidence.relative_time.gather(-1, chosen[..., None])[..., 0].double()
-        # A layer whose heads are all full runs the model's own attention.
-        spent[(chosen == evidence.full).all(-1)] = 1.0
-        attention = spent.mean().item()
-        predicted |= {
-            "attention": attention,
-            "speedup": timing.speedup(attention),
-            "seconds": timing.seconds(attention),
-        }
-    return predicted
+    if timing is None:
+        return Solution(chosen, predicted, {})
+    spent = evidence.relative_time.gather(-1, chosen[..., None])[..., 0].double()
+    # A layer whose heads are all full runs the model's own attention.
+    spent[(chosen == evidence.full).all(-1)] = 1.0
+    attention = spent.mean().item()
+    times = {
+        "attention": attention,
+        "speedup": timing.speedup(attention),
+        "seconds": timing.seconds(attention),
+    }
+    return Solution(chosen, predicted, times)
 
 
 def _in_time(evidence: Evidence, budget: Budget, timing: Timing | None) -> Tensor:
@@ -88,7 +91,7 @@ def _in_time(evidence: Evidence, budget: Budget, timing: Timing | None) -> Tenso
     times = evidence.relative_time
     least = times.amin(-1).double().mean().item()
     if limit < least:
-        fastest = predict(evidence, times.argmin(-1), timing)
+        fastest = solution_of(evidence, times.argmin(-1), timing).times
         reach = f"{fastest['speedup']:.2f}x, {fastest['seconds']:.3g} s"
         raise ValueError(
             f"{budget} is out of reach: no plan of this search is faster than {reach}; "

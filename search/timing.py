@@ -6,7 +6,6 @@ sparse steps becomes cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Self
@@ -82,7 +81,7 @@ class Timing:
         Raises:
             ValueError: if the times do not make sense.
         """
-        kept = plan.provenance.get("search", {}).get("timing")
+        kept = plan.timing.get("dense")
         if kept is None:
             return None
         try:
@@ -153,9 +152,9 @@ class StepTimes:
         return Timing(device, steps, 0, step, share, self._outside).to_dict()
 
 
-def timing_note(plan: Plan, predicted: Mapping[str, float]) -> str | None:
+def timing_note(plan: Plan) -> str | None:
     """The end-to-end expectation of a plan; `None` if its search measured no times."""
-    timing = Timing.of_plan(plan)
+    timing, predicted = Timing.of_plan(plan), plan.predicted
     if timing is None or "density" not in predicted:
         return None
     return timing.expectation(

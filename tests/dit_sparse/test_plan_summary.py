@@ -105,8 +105,12 @@ def searched() -> Plan:
     mass = torch.ones(3, 2, 6) / 6
     evidence = Evidence(tuple(HEADS), patterns, (), TokenGrid(*GRID), 8, error, cost, mass)
     timing = Timing("a device", 20, 20, 1.0, 0.52, 0.0)
-    described = {"search": evidence.description() | {"timing": timing.to_dict()}}
-    base = replace(PLAN, assignment=dict.fromkeys(HEADS, (Full(), Full())), provenance=described)
+    base = replace(
+        PLAN,
+        assignment=dict.fromkeys(HEADS, (Full(), Full())),
+        provenance={"search": evidence.description()},
+        timing={"dense": timing.to_dict()},
+    )
     return resolve(replace(base, evidence=evidence.arrays()), Budget(density=0.4))
 
 

@@ -81,6 +81,13 @@ def test_another_density_can_be_asked() -> None:
         Plan.preset("asa-g", pipe, grid=grid, steps=20, density=0.03)
 
 
+@every_preset
+def test_compared_at_one_density_all_have_the_same_dense_steps(name: str) -> None:
+    fitted = KNOWN[name].fitted(TokenGrid(8, 16, 16), 50, 0.5)
+    assert (fitted.schedule.dense_first, fitted.schedule.dense_last) == (12, 0)
+    assert fitted.schedule.renew_every == KNOWN[name].schedule.renew_every
+
+
 def test_sliding_tiles_are_those_of_the_paper() -> None:
     plan = Plan.preset("sta", tiny.wan(), grid=(30, 48, 80), steps=50)
     assert next(iter(plan.assignment.values()))[0] == Neighborhood((18, 24, 24), (6, 8, 8))

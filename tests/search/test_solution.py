@@ -17,7 +17,7 @@ from dit_sparse.search.budget import Budget
 from dit_sparse.search.choices import choices
 from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.solution import predict, solve
+from dit_sparse.search.solution import solution_of, solve
 from dit_sparse.search.timing import Timing
 
 LAYERS, HEADS = 3, 2
@@ -46,10 +46,11 @@ def plan(evidence: Evidence) -> Plan:
         {"transformer": ModelFingerprint("WanTransformer3DModel", LAYERS, HEADS, 12, "0" * 64)},
         evidence.assignment(full),
         Schedule(dense_first=2),
-        (3, 4, 4),
-        8,
-        {"search": evidence.description() | {"timing": TIMING.to_dict()}},
-        evidence.arrays(),
+        grid=(3, 4, 4),
+        block=8,
+        provenance={"search": evidence.description()},
+        evidence=evidence.arrays(),
+        timing={"dense": TIMING.to_dict()},
     )
 
 
@@ -64,10 +65,10 @@ def test_density_and_error_are_two_ways_to_one_front(evidence: Evidence) -> None
 
 
 def test_predicted_times_follow_amdahl(evidence: Evidence) -> None:
-    found = solve(evidence, Budget(speedup=1.2), TIMING).predicted
+    found = solve(evidence, Budget(speedup=1.2), TIMING).times
     assert found["speedup"] >= 1.2
     assert found["seconds"] == pytest.approx(TIMING.seconds(found["density"]))
-    assert solve(evidence, Budget(latency=10), TIMING).predicted["seconds"] <= 10
+    assert solve(evidence, Budget(latency=10), TIMING).times["seconds"] <= 10
     assert solve(evidence, Budget(speedup=1), TIMING).chosen.eq(0).all()
     assert solve(evidence, Budget(latency=100), TIMING).chosen.eq(0).all()
 
@@ -79,15 +80,15 @@ def test_measured_times_decide_where_there_are_any(evidence: Evidence) -> None:
     timed = replace(evidence, time=time)
     found = solve(timed, Budget(speedup=1.2), TIMING)
     assert not (found.chosen == 2).any()
-    assert found.predicted["attention"] == pytest.approx(
+    assert found.times["attention"] == pytest.approx(
         time.gather(-1, found.chosen[..., None]).mean().item()
     )
     # A layer of full heads runs the model's own attention, whatever the kernel takes for it.
     slow = replace(evidence, time=torch.full_like(evidence.cost, 1.7))
     chosen = torch.zeros(LAYERS, HEADS, dtype=torch.long)
-    assert predict(slow, chosen, TIMING)["attention"] == 1.0
+    assert solution_of(slow, chosen, TIMING).times["attention"] == 1.0
     chosen[0, 0] = 2
-    assert predict(slow, chosen, TIMING)["attention"] == pytest.approx((1.7 + 1 + 1) / 3)
+    assert solution_of(slow, chosen, TIMING).times["attention"] == pytest.approx((1.7 + 1 + 1) / 3)
 
 
 @pytest.mark.parametrize("budget", [Budget(speedup=3), Budget(latency=1)], ids=str)
@@ -111,10 +112,10 @@ def test_random_assignment_costs_as_much_and_is_its_own(evidence: Evidence) -> N
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(random_assignment(evidence, 0.4, 3), drawn[3])
     assert len({tuple(each.flatten().tolist()) for each in drawn}) > 10
-    densities = [predict(evidence, each)["density"] for each in drawn]
+    densities = [solution_of(evidence, each).predicted["density"] for each in drawn]
     assert all(0.3 < density <= 0.4 + 1e-6 for density in densities)
     best = solve(evidence, Budget(density=0.4)).predicted["error"]
-    assert all(predict(evidence, each)["error"] >= best for each in drawn)
+    assert all(solution_of(evidence, each).predicted["error"] >= best for each in drawn)
 
 
 def test_random_assignment_takes_no_candidate_that_a_head_lacks(evidence: Evidence) -> None:
@@ -206,13 +207,17 @@ def test_tampered_evidence_is_refused(plan: Plan, name: str, change: Any, messag
         ("candidates", [{"kind": "guess"}], "search is incomplete"),
         ("column_counts", [3, 4], "should have the shape"),
         ("block", None, "blocks of at least 1 token, came None"),
-        ("timing", {"steps": 3}, "timing is incomplete"),
     ],
 )
 def test_tampered_description_is_refused(plan: Plan, key: str, value: Any, message: str) -> None:
     search = plan.provenance["search"] | {key: value}
     with pytest.raises(ValueError, match=message):
         resolve(replace(plan, provenance={"search": search}), Budget(density=0.5))
+
+
+def test_tampered_times_are_refused(plan: Plan) -> None:
+    with pytest.raises(ValueError, match="timing is incomplete"):
+        resolve(replace(plan, timing={"dense": {"steps": 3}}), Budget(density=0.5))
 
 
 @pytest.mark.parametrize("key", ["layers", "candidates", "column_counts", "grid", "block"])

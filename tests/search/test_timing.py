@@ -89,7 +89,7 @@ def plan(timing: dict[str, Any] | None) -> Plan:
         {"transformer": ModelFingerprint("WanTransformer3DModel", 1, 1, 12, "0" * 64)},
         {"transformer.blocks.0.attn1": (Full(),)},
         Schedule(dense_first=4),
-        provenance={"search": {"timing": timing}},
+        timing={} if timing is None else {"dense": timing},
     )
 
 
@@ -97,6 +97,7 @@ def test_a_plan_keeps_its_timing_and_its_schedule_counts() -> None:
     timing = Timing("a device", 20, 16, 0.5, 0.4, 3.0)
     assert Timing.of_plan(plan(timing.to_dict())) == timing
     assert Timing.of_plan(plan(None)) is None
+    assert plan(timing.to_dict()).digest == plan(None).digest
 
 
 @pytest.mark.parametrize(
