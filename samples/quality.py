@@ -2,7 +2,7 @@
 
     python samples/quality.py search      # once: samples/plans/moving-shapes-d50, -d30, -d20
     python samples/quality.py compare     # samples/quality/comparison.json and table.md
-    python samples/quality.py presets     # samples/quality/presets.json and presets.md
+    python samples/quality.py presets     # the same in samples/quality/presets/
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
 of the search within the density, the one of least total error is taken.
@@ -14,7 +14,6 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from dit_sparse.comparison import Comparison, PlanResult, compare, write_comparison
 from dit_sparse.pipelines.plan import Plan
@@ -97,15 +96,17 @@ def presets() -> None:
     result = compare(
         session.pipe, "samples/models/moving-shapes", prompts, session.settings, plans
     )
-    with TemporaryDirectory(dir=RESULTS) as folder:
-        write_comparison(Path(folder), result).replace(RESULTS / "presets.json")
-    (RESULTS / "presets.md").write_text(presets_table(result, reasons))
+    folder = RESULTS / "presets"
+    folder.mkdir(exist_ok=True)
+    write_comparison(folder, result)
+    (folder / "table.md").write_text(presets_table(result, reasons))
 
 
 def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
     """What the presets compute, keep and lose, as a Markdown table; the best first."""
     lines = [
-        "| plan | element | block | weighted | FLOPs | cache MB | PSNR dB | SSIM | search | rest |",
+        "| plan | element | block | weighted | FLOPs | cache MB | PSNR dB | SSIM | search "
+        "| rest |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {plan.name} | "
