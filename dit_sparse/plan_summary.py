@@ -36,8 +36,8 @@ class PlanSummary:
             grid is known, and where scored patterns find theirs only while denoising.
         grid: (frames, height, width) in tokens, which the densities hold for.
         remainders: share of the heads by what becomes of the pairs that they do not compute.
-        cache_bytes: of caches at `grid`, in one guidance branch and for one video; None while no
-            grid is known.
+        cache_bytes: kept between steps at `grid`, in one guidance branch and for one video; None
+            while no grid is known.
         schedule: in denoising steps.
         predicted: what the search expected.
         achieved: what generated videos showed; empty where none were compared.

@@ -4,6 +4,7 @@ keys, and the pairs of blocks that are visited whatever their share.
     Mass     sum over rows, keys of exp(s - lse)
     Sampled  max over rows i of exp(r[i, j] - max over j of r[i, j]),  r[i, j] = max over keys of s
     Random   a number from a generator of its own
+    Checked  a cheap score, and for heads where one row of each block says otherwise, Mass
     Means    softmax over j of  scale * mean(q) . mean(k) + ln(keys),  k less the mean of all keys
 
 each divided by its sum over the blocks of keys. Shares are averaged over the batch, so that both
@@ -20,7 +21,7 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.sample import sampled
-from dit_sparse.kernels.score import Mass, Means, Random, Sampled, Score
+from dit_sparse.kernels.score import Checked, Mass, Means, Random, Sampled, Score
 from dit_sparse.kernels.tiling import Tiling, real_tokens
 
 _AT_ONCE = 1 << 24  # logits held in one step
@@ -81,9 +82,10 @@ def score_blocks(
     match score:
         case Mass():
             assert lse is not None
-            mass = block_mass(query, key, lse, blocks, scale=factor, rows=score.rows)
-            # An LSE of other scores makes infinite masses: equal ones then, never NaN.
-            return Ranking(_shares(mass.clamp_max(torch.finfo(mass.dtype).max / mass.shape[-1])))
+            return Ranking(_of_mass(score, query, key, lse, blocks, factor))
+        case Checked():
+            assert lse is not None
+            return _checked(score, query, key, lse, blocks, factor)
         case Sampled():
             return Ranking(_shares(_largest(score, query, key, blocks, factor)))
         case Random():
@@ -92,6 +94,35 @@ def score_blocks(
             return Ranking(_shares(torch.rand(shape, generator=generator).to(query.device)))
         case Means():
             return _of_means(score, query, key, blocks, factor)
+
+
+def _of_mass(
+    score: Mass, query: Tensor, key: Tensor, lse: Tensor, blocks: BlockIndices, scale: float
+) -> Tensor:
+    mass = block_mass(query, key, lse, blocks, scale=scale, rows=score.rows)
+    # An LSE of other scores makes infinite masses: equal ones then, never NaN.
+    return _shares(mass.clamp_max(torch.finfo(mass.dtype).max / mass.shape[-1]))
+
+
+def _checked(
+    score: Checked, query: Tensor, key: Tensor, lse: Tensor, blocks: BlockIndices, scale: float
+) -> Ranking:
+    cheap = score_blocks(score.cheap, query, key, blocks, scale=scale)
+    seen = _of_mass(Mass(rows=1), query, key, lse, blocks, scale)
+    far = (divergence(cheap.share, seen).sqrt().mean(-1) > score.bound).nonzero()[:, 0]
+    if not len(far):
+        return cheap
+    own = query[:, :, far], key[:, :, far], lse[:, far].contiguous()
+    share = cheap.share.index_copy(0, far, _of_mass(Mass(), *own, blocks, scale))
+    forced = None if cheap.forced is None else cheap.forced.index_fill(0, far, False)
+    return Ranking(share, forced)
+
+
+def divergence(left: Tensor, right: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats between distributions over the last axis."""
+    middle = (left + right) / 2
+    halves = (torch.xlogy(x, x) - torch.xlogy(x, middle) for x in (left, right))
+    return torch.stack([half.sum(-1) for half in halves]).mean(0).clamp_min(0)
 
 
 def _shares(weight: Tensor) -> Tensor:

@@ -106,4 +106,34 @@ class Random:
         return f"random {self.seed}"
 
 
-Score = Mass | Sampled | Means | Random
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A cheap score for the heads that it serves well, exact mass for the others.
+
+    One row of every block tells: a head is served well if the square root of the Jensen-Shannon
+    divergence between its cheap shares and the exact ones of these rows is at most `bound`, on
+    average over the blocks of queries (the test of FlexPrefill, arXiv 2502.20766, section 3.2).
+
+    Attributes:
+        cheap: the score that is tried.
+        bound: in nats to the half; 0.83 is the most there can be.
+    """
+
+    kind: ClassVar[str] = "checked"
+    needs_lse: ClassVar[bool] = True
+    cheap: Sampled | Means = Sampled()
+    bound: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bound <= 1:
+            raise ValueError(f"bound must be in 0..1, got {self.bound}; 0.1 is usual")
+
+    def cost(self, block: int) -> float:
+        """FLOPs in those of dense attention, for blocks of `block` tokens, if no head passes."""
+        return self.cheap.cost(block) + Mass(rows=1).cost(block) + Mass().cost(block)
+
+    def __str__(self) -> str:
+        return f"{self.cheap} checked to {self.bound:g}"
+
+
+Score = Mass | Sampled | Means | Random | Checked

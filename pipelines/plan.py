@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Found, Full, Pattern, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
+from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
@@ -26,6 +27,7 @@ from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 
 Value = TypeVar("Value")
+LSE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,12 +201,16 @@ class Plan:
         return self.remainders.get(layer, (Drop(),) * len(self.assignment[layer]))
 
     def cache_bytes(self, grid: TokenGrid, batch: int = 1) -> int:
-        """Memory of the caches of one guidance branch on a grid, at most the limit."""
-        total = 0
-        for layer, remainders in self.remainders.items():
+        """Memory that one guidance branch keeps between the steps of a generation on `grid`: the
+        caches of remainders, at most their limit, and the LSEs for further searches."""
+        caches = lses = 0
+        for layer, patterns in self.assignment.items():
             head_dim = self.model[layer.partition(".")[0]].head_dim
-            total += sum(cache_bytes(r, batch, grid.tokens, 1, head_dim) for r in remainders)
-        return total if self.cache_limit is None else min(total, self.cache_limit)
+            for pattern, remainder in zip(patterns, self.remainders_of(layer), strict=True):
+                caches += cache_bytes(remainder, batch, grid.tokens, 1, head_dim)
+                if isinstance(pattern, Scored) and pattern.score.needs_lse:
+                    lses += self.schedule.renews_again * batch * grid.tokens * LSE_BYTES
+        return lses + (caches if self.cache_limit is None else min(caches, self.cache_limit))
 
     def check(self, pipe: Any) -> None:
         """Raise `ValueError` unless the plan was made for the transformers of `pipe`."""

@@ -101,7 +101,7 @@ def test_presets_are_measured_like_plans(model: Path) -> None:
     adaspa, merged = result.plans
     assert adaspa.dense_calls == {"dense steps of the schedule": 4, "renewal": 4}
     assert merged.cache_bytes == 2 * chosen["gna+complement"].cache_bytes(TokenGrid(2, 4, 4))
-    assert adaspa.cache_bytes > 0
+    assert adaspa.cache_bytes == 2 * chosen["adaspa"].cache_bytes(TokenGrid(2, 4, 4)) > 0
     assert set(adaspa.stages) == {"attention", "search", "remainder"}
     for plan in result.plans:
         assert plan.density["weighted"] < plan.flops

@@ -13,7 +13,7 @@ from dit_sparse.kernels.order import TokenOrder, gilbert, pixel_major, raster, t
 from dit_sparse.kernels.pattern import Full
 from dit_sparse.kernels.ranking import score_blocks
 from dit_sparse.kernels.sample import sampled_rows
-from dit_sparse.kernels.score import Mass, Means, Sampled, Score
+from dit_sparse.kernels.score import Checked, Mass, Means, Random, Sampled, Score
 
 GRIDS = [
     TokenGrid(3, 5, 7),
@@ -308,3 +308,45 @@ def test_what_is_wrong_is_named(operands):
 def test_wrong_scores_are_named(build, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize("cheap", [Sampled(4), Means(0.02)], ids=str)
+def test_heads_that_a_cheap_score_misjudges_get_exact_mass(
+    cheap: Sampled | Means, operands
+) -> None:
+    grid = GRIDS[4]
+    blocks = block_indices([Full()] * 3, grid, gilbert(), 16, 24)
+    query, key, _ = operands(grid.tokens, 3, 17)
+    # Sharper heads are harder to judge by few tokens.
+    query = query * torch.tensor([0.1, 1.0, 6.0])[:, None]
+    lse = logits_of(query, key, grid).logsumexp(-1).float()
+    shares = [
+        score_blocks(score, query, key, blocks, lse=lse).share
+        for score in (cheap, Mass(rows=1), Mass())
+    ]
+    middle = (shares[0] + shares[1]) / 2
+    halves = [
+        torch.special.entr(middle).sum(-1) - torch.special.entr(x).sum(-1) for x in shares[:2]
+    ]
+    apart = (sum(halves) / 2).clamp_min(0).sqrt().mean(-1)
+    order = apart.argsort()
+    for passed in range(4):
+        limits = [0.0, *apart[order].tolist(), 1.0]
+        bound = (limits[passed] + limits[passed + 1]) / 2
+        found = score_blocks(Checked(cheap, bound), query, key, blocks, lse=lse)
+        for head in range(3):
+            exact = head in order[passed:].tolist()
+            torch.testing.assert_close(found.share[head], shares[2 if exact else 0][head])
+            if found.forced is not None and exact:
+                assert not found.forced[head].any()
+
+
+def test_a_random_score_is_its_own_and_always_the_same(operands) -> None:
+    grid, blocks = GRIDS[1], cut(GRIDS[1])
+    query, key, _ = operands(grid.tokens, 2)
+    state = torch.get_rng_state()
+    first = score_blocks(Random(3), query, key, blocks).share
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, score_blocks(Random(3), key, query, blocks).share)
+    assert not torch.equal(first, score_blocks(Random(4), query, key, blocks).share)
+    torch.testing.assert_close(first.sum(-1), torch.ones(2, blocks.query_blocks))
