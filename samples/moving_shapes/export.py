@@ -18,7 +18,7 @@ GENERATION = {
     "width": 64,
     "frames": 29,
     "steps": 20,
-    "guidance": 4.0,
+    "guidance": 3.0,
     "dtype": "float32",
 }
 """How the model is meant to be run: 15 x 16 x 16 = 3,840 tokens."""
