@@ -134,7 +134,7 @@ class Choice(Definition):
 
     Error of the output on a few rows plus `price` times block density is least; above `limit` the
     head is full. The profiler of Sparse VideoGen (arXiv 2502.01776, section 4.1), and the rule of
-    Sparse-vDiT (arXiv 2506.03065, section 4.2), which applies it offline.
+    Sparse-vDiT (arXiv 2506.03065), which applies it offline.
 
     Attributes:
         patterns: to choose from, two at least.

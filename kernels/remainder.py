@@ -72,7 +72,7 @@ class Pooled:
 class Rescale:
     """Outputs shrunk to the share that the pattern kept, plus the residual of the dense step.
 
-    Re-ttention (arXiv 2505.22918, section 3.3). `ramp` is added to the share at every step after
+    Re-ttention (arXiv 2505.22918). `ramp` is added to the share at every step after
     the dense one; the share is kept to at most 1, which the published code does not do
     (`clamp=False`).
     """

@@ -112,7 +112,7 @@ class Checked:
 
     One row of every block tells: a head is served well if the square root of the Jensen-Shannon
     divergence between its cheap shares and the exact ones of these rows is at most `bound`, on
-    average over the blocks of queries (the test of FlexPrefill, arXiv 2502.20766, section 3.2).
+    average over the blocks of queries (the test of FlexPrefill, arXiv 2502.20766).
 
     Attributes:
         cheap: the score that is tried.

@@ -97,7 +97,7 @@ EVERY_STEP = Schedule(renew_every=1)
 
 PRESETS: dict[str, Preset] = {
     "adaspa": Preset(
-        "arXiv 2502.21079, section 5.1: sparsity 0.8, searches at steps 10 and 30",
+        "arXiv 2502.21079: sparsity 0.8, searches at steps 10 and 30",
         HUNYUAN,
         50,
         Scored(Mass(rows=None), Tiers(0.2)),
@@ -105,7 +105,7 @@ PRESETS: dict[str, Preset] = {
         block=64,
     ),
     "sparse-vdit": Preset(
-        "arXiv 2506.03065, section 5.1: lambda 0.5, epsilon 1; every head chooses at its first "
+        "arXiv 2506.03065: lambda 0.5, epsilon 1; every head chooses at its first "
         "sparse step; without stripes, whose rule is not published",
         HUNYUAN,
         50,
@@ -135,7 +135,7 @@ PRESETS: dict[str, Preset] = {
         dense_layers=1,
     ),
     "re-ttention": Preset(
-        "arXiv 2505.22918, section 4: CogVideoX-2b, window of 1/32 of a frame, period 5",
+        "arXiv 2505.22918: CogVideoX-2b, window of 1/32 of a frame, period 5",
         COGVIDEOX,
         50,
         Band.retention(0.03125, COGVIDEOX),
@@ -143,14 +143,14 @@ PRESETS: dict[str, Preset] = {
         Rescale(),
     ),
     "gna": Preset(
-        "arXiv 2504.16922, table 4: HunyuanVideo, 91 % sparse",
+        "arXiv 2504.16922: HunyuanVideo, 91 % sparse",
         HUNYUAN,
         50,
         Neighborhood((18, 24, 24), (16, 8, 8)),
         Schedule(dense_first=15),
     ),
     "sta": Preset(
-        "arXiv 2502.04507, table 3: HunyuanVideo, windows of 3x3x3 tiles",
+        "arXiv 2502.04507: HunyuanVideo, windows of 3x3x3 tiles",
         HUNYUAN,
         50,
         Neighborhood.sliding_tiles((3, 3, 3)),
@@ -187,7 +187,7 @@ PRESETS: dict[str, Preset] = {
         Pooled(5),
     ),
     "sparsed": Preset(
-        "arXiv 2509.24014, section 4: the first fifth dense, then one search, 0.3 of each row",
+        "arXiv 2509.24014: the first fifth dense, then one search, 0.3 of each row",
         WAN,
         50,
         Scored(Mass(rows=None), Grouped(0.3)),
