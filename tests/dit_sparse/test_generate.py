@@ -57,7 +57,7 @@ def test_batch_makes_runs_and_skips_them_the_next_time(
     assert run.request.seed == 5
     assert run.request.plan_digest == plan.digest
     assert run.attention is not None
-    assert run.attention["dense_calls"] == {"dense steps: first 1, last 0": 4}
+    assert run.attention["dense_calls"] == {"dense steps of the schedule": 4}
     assert read_frames(outcomes[0].folder).shape == (5, 64, 64, 3)
 
     again = list(generate(pipe, model, PROMPTS, SETTINGS, tmp_path, plan=plan))

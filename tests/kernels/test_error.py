@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.error import Metric, pattern_error
-from dit_sparse.search import error as module
+from dit_sparse.kernels import error as module
 
 BATCH, TOKENS, HEADS, DIM, CHANNELS = 2, 50, 3, 8, 20
 

@@ -65,9 +65,10 @@ def test_density_and_error_are_two_ways_to_one_front(evidence: Evidence) -> None
 
 
 def test_predicted_times_follow_amdahl(evidence: Evidence) -> None:
-    found = solve(evidence, Budget(speedup=1.2), TIMING).times
-    assert found["speedup"] >= 1.2
-    assert found["seconds"] == pytest.approx(TIMING.seconds(found["density"]))
+    solution = solve(evidence, Budget(speedup=1.2), TIMING)
+    assert solution.times["speedup"] >= 1.2
+    density = solution.predicted["density"]
+    assert solution.times["seconds"] == pytest.approx(TIMING.seconds(density))
     assert solve(evidence, Budget(latency=10), TIMING).times["seconds"] <= 10
     assert solve(evidence, Budget(speedup=1), TIMING).chosen.eq(0).all()
     assert solve(evidence, Budget(latency=100), TIMING).chosen.eq(0).all()
