@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.error import Metric, pattern_error
 from dit_sparse.kernels import error as module
+from dit_sparse.kernels.error import Metric, pattern_error
 
 BATCH, TOKENS, HEADS, DIM, CHANNELS = 2, 50, 3, 8, 20
 
