@@ -39,8 +39,10 @@ class Operands:
         """Those of some of the heads."""
         if heads == tuple(range(self.query.shape[2])):
             return self
-        picked = (x[:, :, list(heads)] for x in (self.query, self.key, self.value))
-        return Operands(*picked, self.scale)
+        picked = list(heads)
+        return Operands(
+            self.query[:, :, picked], self.key[:, :, picked], self.value[:, :, picked], self.scale
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,8 +12,8 @@ from dit_sparse.pipelines.schedule import Schedule
 NEAR = Neighborhood((1, 3, 3))
 
 
-def uniform(pipe: Any, pattern: Pattern, *schedule: int) -> Plan:
-    return Plan.uniform(pipe, pattern, Schedule(*schedule), block=16)
+def uniform(pipe: Any, pattern: Pattern, first: int = 0, last: int = 0) -> Plan:
+    return Plan.uniform(pipe, pattern, Schedule(first, last), block=16)
 
 
 def processors(pipe: Any) -> dict[str, Any]:

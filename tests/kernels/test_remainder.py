@@ -23,12 +23,14 @@ GRID = TokenGrid(3, 5, 7, text_before=3)
 BLOCK = 16
 
 
-def _inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(2, GRID.tokens, 3, 9, generator=generator, dtype=torch.float64).to(dtype)
-        for _ in range(3)
-    ]
+    shape = 3, 2, GRID.tokens, 3, 9
+    query, key, value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return query, key, value
 
 
 def _mask(density: float) -> Tensor:
@@ -54,12 +56,12 @@ def _kept(mask: Tensor) -> Tensor:
     return mask[:, place][:, :, place]
 
 
-def _sparse(inputs: list[Tensor], mask: Tensor) -> Pair:
+def _sparse(inputs: Inputs, mask: Tensor) -> Pair:
     blocks = from_block_mask(mask, GRID, block_q=BLOCK, block_k=BLOCK)
     return sparse_attention(*inputs, blocks, backend="reference")
 
 
-def _cache(remainder: Cached, density: float = 0.4) -> tuple[Cache, Pair, list[Tensor]]:
+def _cache(remainder: Cached, density: float = 0.4) -> tuple[Cache, Pair, Inputs]:
     inputs = _inputs()
     sparse = _sparse(inputs, _mask(density))
     return cache_of(remainder, _dense(*inputs), sparse), sparse, inputs

@@ -328,7 +328,7 @@ def test_heads_that_a_cheap_score_misjudges_get_exact_mass(
     halves = [
         torch.special.entr(middle).sum(-1) - torch.special.entr(x).sum(-1) for x in shares[:2]
     ]
-    apart = (sum(halves) / 2).clamp_min(0).sqrt().mean(-1)
+    apart = torch.stack(halves).mean(0).clamp_min(0).sqrt().mean(-1)
     order = apart.argsort()
     for passed in range(4):
         limits = [0.0, *apart[order].tolist(), 1.0]

@@ -144,8 +144,9 @@ def test_SG_heads_that_choose_differently_run_what_they_chose() -> None:
     assert [part.heads for part in parts] == [(0,), (1,)]
     assert patterns == {0: (Band(9),), 1: (Band(5, "pixel_major"),)}
     for head in range(HEADS):
-        one = Operands(*(x[:, :, [head]] for x in (of.query, of.key, of.value)), None)
-        blocks = block_indices(patterns[head], GRID, block_q=BLOCK, block_k=BLOCK)
+        one, own = of.of((head,)), patterns[head]
+        assert own is not None
+        blocks = block_indices(own, GRID, block_q=BLOCK, block_k=BLOCK)
         assert_same(came.output[:, :, [head]], attend(one, blocks)[0])
     weights = [part.blocks.density().weighted for part in parts]
     assert came.flops == pytest.approx(sum(weights) / 2 + 2.5)
@@ -195,7 +196,8 @@ def test_RE3_the_complement_is_exact_as_long_as_nothing_changes() -> None:
 def test_PS_what_is_not_listed_is_pooled(pattern: Pattern) -> None:
     run, _ = runner(pattern, Pooled(2), Schedule(renew_every=1))
     of = operands(1)
-    blocks = listed(pattern, 2) if isinstance(pattern, Band) else searched(pattern, of, None, 2)
+    found = isinstance(pattern, Scored)
+    blocks = searched(pattern, of, None, 2) if found else listed(pattern, 2)
     came = run(1)
     assert (blocks.tag == 2).any()
     assert_same(came.output, attend(of, blocks)[0])
