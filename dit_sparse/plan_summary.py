@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Found, Pattern
+from dit_sparse.kernels.pattern import OnlinePattern, Pattern
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.choices import Choices, choices
@@ -119,7 +119,7 @@ def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
     distinct = {
         pattern
         for pattern in chain.from_iterable(plan.assignment.values())
-        if not isinstance(pattern, Found)
+        if not isinstance(pattern, OnlinePattern)
     }
     for pattern in distinct:
         reason = pattern.refusal(grid)

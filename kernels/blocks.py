@@ -234,6 +234,13 @@ def block_indices(
     )
 
 
+@lru_cache(maxsize=1024)
+def block_density(pattern: Pattern, grid: TokenGrid, block: int) -> float:
+    """Share of the pairs in the blocks of `block` x `block` tokens that `pattern` visits, in the
+    order it wants; a `ValueError` if it refuses the grid."""
+    return block_indices((pattern,), grid, block_q=block, block_k=block).density().block
+
+
 def from_block_mask(
     mask: Tensor,
     grid: TokenGrid,

@@ -1,11 +1,9 @@
 """Choosing: which of its patterns each head takes, from queries, keys and values of the step."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.blocks import block_density
 from dit_sparse.kernels.error import pattern_error
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Choice, Full, Pattern
@@ -30,7 +28,7 @@ def chosen_patterns(
     Raises:
         ValueError: a pattern refuses the grid.
     """
-    prices = [choice.price * _density(pattern, grid, block) for pattern in choice.patterns]
+    prices = [choice.price * block_density(pattern, grid, block) for pattern in choice.patterns]
     rows = sample_rows(grid.tokens, choice.samples).to(query.device)
     valid = valid_tokens(grid)
     error = pattern_error(
@@ -58,11 +56,3 @@ def choice_cost(choice: Choice, tokens: int) -> float:
     """FLOPs of choosing in those of dense attention: on its rows the logits, and the output of
     dense attention and of every pattern."""
     return min(choice.samples, tokens) / tokens * (2 + len(choice.patterns)) / 2
-
-
-@lru_cache(maxsize=256)
-def _density(pattern: Pattern, grid: TokenGrid, block: int) -> float:
-    reason = pattern.refusal(grid)
-    if reason is not None:
-        raise ValueError(reason)
-    return block_indices((pattern,), grid, block_q=block, block_k=block).density().block

@@ -180,7 +180,7 @@ class Choice(Definition):
 
 
 Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf | Choice | Scored
-Found = Choice | Scored
+OnlinePattern = Choice | Scored
 """Patterns whose blocks are known only while denoising."""
 
 PATTERNS: dict[str, type[Pattern]] = {pattern.kind: pattern for pattern in get_args(Pattern)}

@@ -5,6 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
+from dit_sparse.kernels.rows import row_weights, valid_tokens
 from dit_sparse.kernels.sample import sampled_rows
 
 ROWS = 16
@@ -19,7 +20,7 @@ def block_recall(
     `query` and `key` are `[batch, tokens, heads, head_dim]` in raster order; `blocks` comes from
     a table of blocks.
     """
-    batch, tokens, heads, head_dim = query.shape
+    _, tokens, heads, _ = query.shape
     place = sampled_rows(torch.tensor([0, tokens]), ROWS)[0]
     place = place[place >= 0]
     row = torch.searchsorted(blocks.query_offsets, place, right=True) - 1
@@ -27,15 +28,15 @@ def block_recall(
     of_key = torch.arange(blocks.key_blocks).repeat_interleave(blocks.key_offsets.diff())
     seen = torch.empty(heads, len(place), tokens, dtype=torch.bool)
     seen[..., blocks.permutation] = listed[..., of_key]
-    hidden = rearrange(~blocks.grid.real(batch), "b j -> b 1 j").to(query.device)
-    factor = head_dim**-0.5 if scale is None else scale
-    queries = query[:, blocks.permutation[place].to(query.device)].float()
+    valid = valid_tokens(blocks.grid)
+    valid = None if valid is None else valid.to(query.device)
+    rows = blocks.permutation[place].to(query.device)
     held = []
     # One head at a time, since every row is as long as the sequence.
-    for head in range(heads):
-        keys = rearrange(key[:, :, head].float(), "b j d -> b d j")
-        share = (factor * queries[:, :, head] @ keys).masked_fill(hidden, -torch.inf).softmax(-1)
-        held.append((share * seen[head].to(share.device)).sum(-1).mean())
+    for one in torch.arange(heads).split(1):
+        weights = row_weights(query[:, :, one], key[:, :, one], rows, scale=scale, valid=valid)
+        kept = weights * seen[one].to(weights.device)
+        held.append((kept.sum(-1) / weights.sum(-1)).mean())
     return float(torch.stack(held).mean())
 
 

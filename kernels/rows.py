@@ -64,9 +64,4 @@ def row_weights(
 
 def valid_tokens(grid: TokenGrid) -> Tensor | None:
     """Which tokens of each sample are not padding: bool `[batch, tokens]`; `None` if all are."""
-    if grid.valid_text is None:
-        return None
-    valid = torch.ones(len(grid.valid_text), grid.tokens, dtype=torch.bool)
-    for sample, count in enumerate(grid.valid_text):
-        valid[sample, grid.invalid_text(count)] = False
-    return valid
+    return None if grid.valid_text is None else grid.real(len(grid.valid_text))

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
-from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.blocks import block_density
 from dit_sparse.kernels.definition import Triple
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import (
@@ -73,12 +72,12 @@ def at_density(pattern: Pattern, density: float, grid: TokenGrid, block: int) ->
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _density(family(middle), grid, block) < density:
+        if block_density(family(middle), grid, block) < density:
             low = middle
         else:
             high = middle
     ends = family(low), family(high)
-    return min(ends, key=lambda end: abs(_density(end, grid, block) - density))
+    return min(ends, key=lambda end: abs(block_density(end, grid, block) - density))
 
 
 def _family(pattern: Pattern, grid: TokenGrid) -> Callable[[float], Pattern]:
@@ -104,11 +103,6 @@ def _family(pattern: Pattern, grid: TokenGrid) -> Callable[[float], Pattern]:
             return lambda size: replace(pattern, patterns=(first(size), *rest))
         case _:
             raise ValueError(f"{pattern} has no size by which its density could be set")
-
-
-@lru_cache(maxsize=1024)
-def _density(pattern: Pattern, grid: TokenGrid, block: int) -> float:
-    return block_indices((pattern,), grid, block_q=block, block_k=block).density().block
 
 
 def _scaled(sizes: Triple, factors: Sequence[float], most: Triple) -> Triple:

@@ -87,14 +87,7 @@ def observed_grid(pipe: Any, **arguments: Any) -> TokenGrid:
     """
 
     def stop(
-        site: AttentionSite,
-        branch: str,
-        step: int,
-        steps: int,
-        grid: TokenGrid,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        _site: AttentionSite, _branch: str, _step: int, _steps: int, grid: TokenGrid, *_: Tensor
     ) -> None:
         raise _Seen(grid)
 

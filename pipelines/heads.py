@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dit_sparse.kernels.choosing import choice_cost
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
-from dit_sparse.kernels.pattern import Choice, Found, Full, Pattern
+from dit_sparse.kernels.pattern import Choice, Full, OnlinePattern, Pattern
 from dit_sparse.kernels.remainder import Cached, Drop, Pooled, Remainder
 from dit_sparse.kernels.scored import Scored
 
@@ -76,10 +76,10 @@ def head_groups(
     """
     if all(pattern == Full() for pattern in patterns):
         return ()
-    groups: dict[tuple[Remainder, Found | TokenOrder | None], list[int]] = {}
+    groups: dict[tuple[Remainder, OnlinePattern | TokenOrder | None], list[int]] = {}
     riders: dict[Remainder, list[int]] = {}
     for head, (pattern, remainder) in enumerate(zip(patterns, remainders, strict=True)):
-        if isinstance(pattern, Found):
+        if isinstance(pattern, OnlinePattern):
             groups.setdefault((remainder, pattern), []).append(head)
         elif pattern.order is not None:
             groups.setdefault((remainder, pattern.order), []).append(head)
@@ -87,7 +87,9 @@ def head_groups(
             own = Drop() if pattern == Full() else remainder
             riders.setdefault(own, []).append(head)
     for remainder, heads in riders.items():
-        hosts = (key for key in groups if key[0] == remainder and not isinstance(key[1], Found))
+        hosts = (
+            key for key in groups if key[0] == remainder and not isinstance(key[1], OnlinePattern)
+        )
         groups.setdefault(next(hosts, (remainder, None)), []).extend(heads)
     return tuple(
         HeadGroup(tuple(sorted(heads)), tuple(patterns[head] for head in sorted(heads)), remainder)

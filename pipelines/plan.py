@@ -15,7 +15,13 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Found, Full, Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.pattern import (
+    Full,
+    OnlinePattern,
+    Pattern,
+    pattern_from_dict,
+    pattern_to_dict,
+)
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.values import from_dict, to_dict
@@ -194,7 +200,9 @@ class Plan:
         of remainders."""
         patterns = chain.from_iterable(self.assignment.values())
         remainders = chain.from_iterable(self.remainders.values())
-        return any(isinstance(p, Found) for p in patterns) or any(r.cached for r in remainders)
+        return any(isinstance(p, OnlinePattern) for p in patterns) or any(
+            r.cached for r in remainders
+        )
 
     def remainders_of(self, layer: str) -> tuple[Remainder, ...]:
         """The remainder of every head of a layer."""
