@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.blocks import block_density
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Pattern, Skip
 
@@ -59,14 +59,8 @@ def candidates(grid: TokenGrid, block: int) -> tuple[Candidate, ...]:
     plain = replace(grid, valid_text=None)
     bands = (Band.of_density(d, plain, axis) for axis in AXIS_ORDERS for d in LADDER)
     patterns = dict.fromkeys((Full(), Skip(), *bands, *_neighborhoods(plain)))
-    priced = [Candidate(pattern, cost(pattern, plain, block)) for pattern in patterns]
+    priced = [Candidate(pattern, block_density(pattern, plain, block)) for pattern in patterns]
     return tuple(c for c in priced if c.cost < 1 or c.pattern == Full())
-
-
-@cache
-def cost(pattern: Pattern, grid: TokenGrid, block: int) -> float:
-    """Share of the query-key pairs in the tiles that `pattern` visits, in the order it wants."""
-    return block_indices((pattern,), grid, block_q=block, block_k=block).density().block
 
 
 def _neighborhoods(grid: TokenGrid) -> list[Neighborhood]:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dit_sparse.kernels.backend import BACKENDS
+from dit_sparse.kernels.blocks import block_density
 from dit_sparse.kernels.calibration import Calibration, Cost, device_name, write
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Full, Skip
 from dit_sparse.search.latency import relative_times
-from dit_sparse.search.space import cost
 
 GRID = TokenGrid(3, 8, 8)
 PATTERNS = (Full(), Skip(), Band(40))
@@ -36,5 +36,5 @@ def test_a_candidate_takes_what_its_blocks_take_on_all_heads() -> None:
     dense = 10.0
     times = relative_times(PATTERNS, GRID, BLOCK, QUERY, dense)
     pairs = 2 * HEADS * GRID.tokens**2 / 128**2
-    expected = [1 + 2 * pairs * cost(pattern, GRID, BLOCK) for pattern in PATTERNS]
+    expected = [1 + 2 * pairs * block_density(pattern, GRID, BLOCK) for pattern in PATTERNS]
     assert times == pytest.approx([seconds / dense for seconds in expected])

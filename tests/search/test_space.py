@@ -3,10 +3,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.blocks import block_density, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Skip
-from dit_sparse.search.space import LADDER, candidates, cost
+from dit_sparse.search.space import LADDER, candidates
 
 GRIDS = [
     TokenGrid(6, 8, 8),
@@ -43,7 +43,7 @@ def test_every_kind_has_a_ladder() -> None:
     flat_in_space = whole.count((True, False, False))
     cubes = whole.count((False, False, False))
     assert min(flat_in_time, flat_in_space, cubes) >= 2
-    costs = sorted(cost(box, LARGE, 64) for box in boxes)
+    costs = sorted(block_density(box, LARGE, 64) for box in boxes)
     assert costs[0] < 0.1
     assert max(later - before for before, later in pairwise(costs)) < 0.2
 
@@ -60,7 +60,7 @@ def test_a_box_is_as_large_as_the_tiles_it_touches_allow() -> None:
             window = list(box.window)
             window[axis] += 1
             larger = Neighborhood((window[0], window[1], window[2]), box.stride)
-            assert cost(larger, grid, 64) > candidate.cost
+            assert block_density(larger, grid, 64) > candidate.cost
 
 
 def test_valid_text_does_not_change_the_candidates() -> None:
