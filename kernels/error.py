@@ -8,13 +8,14 @@ output of candidate masks with the dense output on the same inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from dit_sparse.kernels.rows import row_weights
+from dit_sparse.kernels.row_attention import RowAttention
 
 Metric = Literal["relative", "mse", "sum_d"]
 Masks = Callable[[slice], Iterable[Tensor]]
@@ -61,63 +62,89 @@ def pattern_error(
     Returns:
         float32 `[batch, heads, candidates]`.
     """
-    if metric not in get_args(Metric):
-        raise ValueError(
-            f"metric must be one of {', '.join(get_args(Metric))}, came {metric!r}; "
-            "'relative' compares across heads"
-        )
+    check_metric(metric)
     batch, tokens, heads, head_dim = query.shape
-    gram = None if projection is None else _gram(projection, heads)
-    flat_value = rearrange(value.float(), "b n h d -> (b h) n d")
     step = max(1, CHUNK_BYTES // (4 * batch * heads * tokens))
     error = torch.zeros((), device=query.device)
     reference = torch.zeros((), device=query.device)
     counted = torch.zeros((), device=query.device)
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
-        weights = row_weights(query, key, rows[part], scale=scale, valid=valid)
-        counts = torch.ones(batch, weights.shape[2], device=query.device)
-        if valid is not None:
-            counts = valid[:, rows[part]].float()
-        dense = _output(weights, flat_value)
-        masked = torch.empty_like(weights)
-        squares = []
-        for mask in masks(part):
-            torch.mul(weights, mask.float(), out=masked)
-            squares.append(_squares(_output(masked, flat_value).sub_(dense), gram, counts))
-        error = error + torch.stack(squares, -1)
-        reference = reference + _reference(dense, projection, counts)
+        attention = RowAttention.of(query, key, value, rows[part], scale=scale, valid=valid)
+        counts = row_counts(rows[part], batch, valid)
+        distance = Distance(attention.dense().output[:, :, 0], projection, counts)
+        error = error + distance.squares(attention.under(masks(part)).output)
+        reference = reference + distance.reference()
         counted = counted + reduce(counts, "b r -> b 1 1", "sum")
-    if metric == "relative":
-        return error / reference.clamp_min(torch.finfo(torch.float32).tiny)
     channels = head_dim if projection is None else projection.shape[0]
-    return error / counted.clamp_min(1) / (channels if metric == "mse" else 1)
+    return _scaled(metric, error, reference, counted, channels)
 
 
-def _output(weights: Tensor, value: Tensor) -> Tensor:
-    """Attention output of unnormalized weights `[b, h, r, n]`: `[b, h, r, d]`."""
-    batch, heads = weights.shape[:2]
-    total = weights.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    product = torch.bmm(rearrange(weights, "b h r n -> (b h) r n"), value)
-    return rearrange(product, "(b h) r d -> b h r d", b=batch, h=heads) / total
+@dataclass(frozen=True, slots=True, eq=False)
+class Distance:
+    """How far outputs of sampled rows lie from the dense ones.
+
+    Args:
+        dense: float32 `[batch, heads, rows, head_dim]`.
+        projection: weight of the output projection, through which everything is seen;
+            `[channels, heads * head_dim]`.
+        counts: `[batch, rows]`, 1 for rows that count.
+    """
+
+    dense: Tensor
+    projection: Tensor | None
+    counts: Tensor
+
+    def squares(self, output: Tensor) -> Tensor:
+        """Squared norm of `output - dense`, `[batch, heads, candidates]`, for outputs `[batch,
+        heads, candidates, rows, head_dim]`."""
+        return self._squares(output - self.dense[:, :, None])
+
+    def error(self, output: Tensor, metric: Metric) -> Tensor:
+        """The error of `pattern_error` for such outputs, `[batch, heads, candidates]`."""
+        counted = reduce(self.counts, "b r -> b 1 1", "sum")
+        channels = output.shape[-1] if self.projection is None else self.projection.shape[0]
+        return _scaled(metric, self.squares(output), self.reference(), counted, channels)
+
+    def reference(self) -> Tensor:
+        """Squared norm of the dense output, `[batch, heads, 1]`, or, through a projection, of the
+        whole layer's, `[batch, 1, 1]`."""
+        if self.projection is None:
+            return self._squares(self.dense[:, :, None])
+        weight = self.projection.detach().float()
+        layer = rearrange(self.dense, "b h r d -> b r (h d)") @ weight.T
+        return ((layer * layer).sum(-1) * self.counts).sum(-1)[:, None, None]
+
+    def _squares(self, difference: Tensor) -> Tensor:
+        image = difference
+        if self.projection is not None:
+            heads = difference.shape[1]
+            # |W_h x|^2 = x^T W_h^T W_h x
+            slices = rearrange(self.projection.detach().float(), "c (h d) -> h c d", h=heads)
+            image = difference @ rearrange(slices.mT @ slices, "h d e -> h 1 d e")
+        rows = (image * difference).sum(-1).clamp_min(0)
+        return (rows * self.counts[:, None, None]).sum(-1)
 
 
-def _gram(projection: Tensor, heads: int) -> Tensor:
-    """`W_h^T W_h` of each head's slice, `[heads, head_dim, head_dim]`: `|W_h x|^2 = x^T G x`."""
-    slices = rearrange(projection.detach().float(), "c (h d) -> h c d", h=heads)
-    return slices.transpose(1, 2) @ slices
+def _scaled(
+    metric: Metric, squares: Tensor, reference: Tensor, counted: Tensor, channels: int
+) -> Tensor:
+    if metric == "relative":
+        return squares / reference.clamp_min(torch.finfo(torch.float32).tiny)
+    return squares / counted.clamp_min(1) / (channels if metric == "mse" else 1)
 
 
-def _squares(difference: Tensor, gram: Tensor | None, counts: Tensor) -> Tensor:
-    """Squared norms `[b, h]` of row vectors `[b, h, r, d]`, rows weighted by `counts`."""
-    image = difference if gram is None else difference @ gram
-    rows = (image * difference).sum(-1).clamp_min_(0)
-    return (rows * counts[:, None]).sum(-1)
+def row_counts(rows: Tensor, batch: int, valid: Tensor | None) -> Tensor:
+    """1 for each sampled row that is not padding, float32 `[batch, rows]`."""
+    if valid is None:
+        return torch.ones(batch, len(rows), device=rows.device)
+    return valid[:, rows].float()
 
 
-def _reference(dense: Tensor, projection: Tensor | None, counts: Tensor) -> Tensor:
-    """Squared norm of the dense output, `[b, h, 1]`, or of the whole layer's, `[b, 1, 1]`."""
-    if projection is None:
-        return _squares(dense, None, counts)[..., None]
-    layer = rearrange(dense, "b h r d -> b r (h d)") @ projection.detach().float().T
-    return ((layer * layer).sum(-1) * counts).sum(-1)[:, None, None]
+def check_metric(metric: str) -> None:
+    """Raise `ValueError` unless `metric` is one of `Metric`."""
+    if metric not in get_args(Metric):
+        raise ValueError(
+            f"metric must be one of {', '.join(get_args(Metric))}, came {metric!r}; "
+            "'relative' compares across heads"
+        )

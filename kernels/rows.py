@@ -35,6 +35,30 @@ def sample_rows(tokens: int, count: int) -> Tensor:
     return torch.tensor(sorted(chosen))
 
 
+def row_logits(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    *,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Logits of the sampled rows, float32 `[batch, heads, rows, tokens]`.
+
+    Args:
+        query, key: `[batch, tokens, heads, head_dim]`, any float dtype, after RoPE, raster order.
+        rows: int64 `[rows]`, raster tokens.
+        scale: of the scores; `head_dim ** -0.5` if not given.
+        valid: bool `[batch, tokens]`; keys that are padding get `-inf`.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    picked = query[:, rows].permute(0, 2, 1, 3).float() * factor
+    scores = picked @ key.permute(0, 2, 3, 1).float()
+    if valid is not None:
+        scores.masked_fill_(~valid[:, None, None, :], -math.inf)
+    return scores
+
+
 def row_weights(
     query: Tensor,
     key: Tensor,
@@ -43,22 +67,13 @@ def row_weights(
     scale: float | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """`exp(S - max S)` of the sampled rows; every candidate shares it.
-
-    Args:
-        query, key: `[batch, tokens, heads, head_dim]`, any float dtype, after RoPE, raster order.
-        rows: int64 `[rows]`, raster tokens.
-        scale: of the scores; `head_dim ** -0.5` if not given.
-        valid: bool `[batch, tokens]`; keys that are padding get weight 0.
+    """`exp(S - max S)` of the logits S of the sampled rows; every candidate shares it.
 
     Returns:
-        float32 `[batch, heads, rows, tokens]`, not normalized: the largest of a row is 1.
+        float32 `[batch, heads, rows, tokens]`, not normalized: the largest of a row is 1. Padding
+        has weight 0.
     """
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    picked = query[:, rows].permute(0, 2, 1, 3).float() * factor
-    scores = picked @ key.permute(0, 2, 3, 1).float()
-    if valid is not None:
-        scores.masked_fill_(~valid[:, None, None, :], -math.inf)
+    scores = row_logits(query, key, rows, scale=scale, valid=valid)
     return scores.sub_(scores.amax(-1, keepdim=True)).exp_()
 
 

@@ -1,32 +1,34 @@
-"""Baseline: an assignment that a search has to beat at the same block density."""
+"""Baseline: an assignment that a search has to beat at the same FLOPs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dit_sparse.search.assign import SLACK
-from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.evidence import Tables
 
 
-def random_assignment(evidence: Evidence, density: float, seed: int) -> Tensor:
-    """Candidates drawn at random for each head, then exchanged at random until their mean block
-    density is as close below `density` as one pass over all exchanges brings it.
+def random_assignment(tables: Tables, flops: float, seed: int) -> Tensor:
+    """Candidates drawn at random for each head, then exchanged at random until their mean FLOPs
+    are as close below `flops` as one pass over all exchanges brings them.
 
     Returns:
         int64 `[layers, heads]`; the same for the same seed. The global random state is left alone.
 
     Raises:
-        ValueError: if every assignment is denser.
+        ValueError: if every assignment takes more.
     """
-    table = evidence.cost.double().flatten(0, 1)
-    _check(table.amin(-1).mean().item(), density)
+    table = tables.flops.flatten(0, 1)
+    _check(table.amin(-1).mean().item(), flops)
     heads, candidates = table.shape
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(table.isfinite().double(), 1, generator=generator)
     order = torch.randperm(heads * candidates, generator=generator).tolist()
     spent = table.gather(-1, drawn).sum().item()
-    room = density * heads * (1 + SLACK)
+    room = flops * heads * (1 + SLACK)
     cost, choice = table.tolist(), drawn[:, 0].tolist()
     for exchange in order:
         head, candidate = divmod(exchange, candidates)
@@ -34,31 +36,33 @@ def random_assignment(evidence: Evidence, density: float, seed: int) -> Tensor:
         if change < 0 if spent > room else 0 < change <= room - spent:
             choice[head] = candidate
             spent += change
-    return torch.tensor(choice).reshape(evidence.cost.shape[:-1])
+    return torch.tensor(choice).reshape(tables.flops.shape[:-1])
 
 
-def best_uniform(evidence: Evidence, density: float) -> Tensor:
-    """The one candidate of least total error that is no denser than `density`, for every head.
+def best_uniform(tables: Tables, flops: float, numbers: Sequence[int]) -> Tensor:
+    """The one candidate of least total error that takes no more than `flops`, for every head.
 
-    Columns are no candidates here: every head has its own.
+    Args:
+        tables: of all candidates.
+        flops: most FLOPs, of dense attention.
+        numbers: the candidates to choose from, which every head must have.
 
     Returns:
         int64 `[layers, heads]`, all equal.
 
     Raises:
-        ValueError: if every candidate is denser.
+        ValueError: if every candidate takes more.
     """
-    shared = len(evidence.patterns)
-    cost = evidence.cost[0, 0, :shared].double()
-    _check(cost.min().item(), density)
-    total = evidence.error[..., :shared].double().sum((0, 1))
-    total[cost > density * (1 + SLACK)] = torch.inf
-    return torch.full(evidence.error.shape[:-1], int(total.argmin()))
+    cost = tables.flops[0, 0, numbers]
+    _check(cost.min().item(), flops)
+    total = tables.error[..., numbers].sum((0, 1))
+    total[cost > flops * (1 + SLACK)] = torch.inf
+    return torch.full(tables.flops.shape[:-1], numbers[int(total.argmin())])
 
 
-def _check(least: float, density: float) -> None:
-    if least > density * (1 + SLACK):
+def _check(least: float, flops: float) -> None:
+    if least > flops * (1 + SLACK):
         raise ValueError(
-            f"no such assignment has a density of {density:g} or less, the cheapest has "
-            f"{least:.4f}; ask for at least {least:.4f}"
+            f"no such assignment takes {flops:g} of dense attention's FLOPs or less, the cheapest "
+            f"takes {least:.4f}; ask for at least {least:.4f}"
         )

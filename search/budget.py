@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Budget:
-    """One limit, on one of five scales; the search finds the best plan that keeps it.
+    """One limit, on one of six scales; the search finds the best plan that keeps it.
 
     Args:
+        flops (`float`, *optional*): most attention FLOPs of a whole generation in (0, 1], relative
+            to dense: steps that run dense, searches and the taking of caches included.
         density (`float`, *optional*): most block density in (0, 1], averaged over the
             self-attention of all layers and heads at the steps that are not dense by schedule. It
             counts the tiles a kernel visits, so it is at least the share of query-key pairs that
-            is used.
-        error (`float`, *optional*): most predicted error, at least 0: the mean over layers of the
-            summed errors of their heads, in the metric of the search.
+            is used; searches and the taking of caches count as what they compute. As dense steps
+            do not count, only schedules with the usual fifth of them, or nearest to it, are taken.
+        error (`float`, *optional*): most predicted error, at least 0: the mean over layers and
+            denoising steps of the summed errors of the heads, in the metric of the search.
         speedup (`float`, *optional*): least predicted speed-up of a whole generation over the
             dense one, at least 1.
         latency (`float`, *optional*): most predicted seconds of a whole generation.
         psnr (`float`, *optional*): least PSNR in dB of generated videos against the dense ones of
             the same seeds, mean over the prompts of the search, in (0, 100].
+        cache_bytes (`int`, *optional*): beside one of the others, most memory that may be kept
+            between denoising steps, over all guidance branches.
 
     Raises:
-        ValueError: if not exactly one is given, or it is out of range.
+        ValueError: if not exactly one of the scales is given, or a value is out of range.
 
-    >>> Budget(density=0.3)
-    Budget(density=0.3)
+    >>> Budget(flops=0.3)
+    Budget(flops=0.3)
     >>> Budget(psnr=30).name, Budget(psnr=30).value
     ('psnr', 30)
     """
 
+    flops: float | None = None
     density: float | None = None
     error: float | None = None
     speedup: float | None = None
     latency: float | None = None
     psnr: float | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -44,11 +52,16 @@ class Budget:
             came = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none"
             raise ValueError(
                 f"budget: expected exactly one of {', '.join(BUDGETS)}, came {came}; "
-                "for instance density=0.3"
+                "for instance flops=0.3"
             )
         valid, expected, remedy = _RANGES[self.name]
         if isinstance(self.value, bool) or not valid(self.value):
             raise ValueError(f"{self.name} must be {expected}, came {self.value!r}; {remedy}")
+        held = self.cache_bytes
+        if held is not None and (type(held) is not int or held < 0):
+            raise ValueError(
+                f"cache_bytes must be a number of bytes of at least 0, came {held!r}; 0 keeps none"
+            )
 
     @property
     def name(self) -> str:
@@ -61,16 +74,24 @@ class Budget:
         return getattr(self, self.name)
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value:g}"
+        held = "" if self.cache_bytes is None else f",cache_bytes={self.cache_bytes}"
+        return f"{self.name}={self.value:g}{held}"
 
     def __repr__(self) -> str:
-        return f"Budget({self.name}={self.value!r})"
+        held = "" if self.cache_bytes is None else f", cache_bytes={self.cache_bytes}"
+        return f"Budget({self.name}={self.value!r}{held})"
 
 
-BUDGETS = tuple(field.name for field in fields(Budget))
-"""Names of the budgets that can be asked for."""
+CACHE = "cache_bytes"
+BUDGETS = tuple(field.name for field in fields(Budget) if field.name != CACHE)
+"""Names of the budgets of which one can be asked for."""
 
 _RANGES = {
+    "flops": (
+        lambda value: 0 < value <= 1,
+        "in (0, 1]",
+        "it is a share of dense attention, so 0.3 computes 30 % of it",
+    ),
     "density": (
         lambda value: 0 < value <= 1,
         "in (0, 1]",
@@ -100,28 +121,41 @@ _RANGES = {
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget that a command line gives as `name=value`.
+    """The budget that a command line gives as `name=value`, or `name=value,cache_bytes=value`.
 
     Raises:
-        ValueError: if the name is unknown or the value is no number in range.
+        ValueError: if a name is unknown or a value is no number in range.
 
     >>> parse_budget("psnr=30")
     Budget(psnr=30.0)
+    >>> parse_budget("flops=0.3,cache_bytes=20e6")
+    Budget(flops=0.3, cache_bytes=20000000)
     """
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or name not in BUDGETS:
-        raise ValueError(
-            f"budget: expected name=value with a name of {', '.join(BUDGETS)}, came {text!r}; "
-            "for instance density=0.3"
-        )
-    try:
-        number = float(value)
-    except ValueError as error:
-        raise ValueError(
-            f"budget: expected a number after {name}=, came {value!r}; for instance {name}="
-            f"{_EXAMPLES[name]}"
-        ) from error
-    return Budget(**{name: number})
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in (*BUDGETS, CACHE) or name in given:
+            raise ValueError(
+                f"budget: expected name=value with a name of {', '.join(BUDGETS)}, and "
+                f"{CACHE}=value beside it if need be, came {text!r}; for instance flops=0.3"
+            )
+        try:
+            number = float(value)
+            given[name] = int(number) if name == CACHE and number.is_integer() else number
+        except ValueError as error:
+            raise ValueError(
+                f"budget: expected a number after {name}=, came {value!r}; for instance {name}="
+                f"{_EXAMPLES[name]}"
+            ) from error
+    return Budget(**given)
 
 
-_EXAMPLES = {"density": 0.3, "error": 0.05, "speedup": 1.5, "latency": 60, "psnr": 30}
+_EXAMPLES = {
+    "flops": 0.3,
+    "density": 0.3,
+    "error": 0.05,
+    "speedup": 1.5,
+    "latency": 60,
+    "psnr": 30,
+    CACHE: 10**9,
+}

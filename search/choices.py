@@ -12,12 +12,13 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of
+from dit_sparse.search.space import Candidate
 from dit_sparse.search.timing import timing_note
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A candidate of one head: the pattern in words, its error and its cost."""
+    """A candidate of one head: pattern and remainder in words, its error and its cost."""
 
     pattern: str
     error: float
@@ -42,7 +43,7 @@ class Choices:
     """The choices of all heads.
 
     Args:
-        cost: what costs are: `"block density"`, or `"time"` relative to dense attention.
+        cost: what costs are: `"flops"` or `"time"`, over a generation, relative to dense attention.
         price: error that one unit of a head's cost is worth at the plan's mean cost.
         layers: the heads of each layer.
         curve: (mean cost, error) of the best assignments, the cheapest first; errors as in
@@ -65,7 +66,7 @@ class Choices:
 
 def choices(plan: Plan) -> Choices | None:
     """Why the heads of a searched plan run what they run; `None` for a plan without evidence, or
-    one with patterns that its search did not try.
+    one with candidates that its search did not try.
 
     Raises:
         ValueError: if the evidence does not fit together.
@@ -76,54 +77,55 @@ def choices(plan: Plan) -> Choices | None:
     chosen = _chosen(evidence, plan)
     if chosen is None:
         return None
+    tables = evidence.tables(plan.schedule)
     timed = str(plan.provenance.get("budget", "")).startswith(("speedup", "latency"))
-    costs = evidence.relative_time if timed else evidence.cost
-    mean = costs.gather(-1, chosen[..., None]).double().mean().item()
-    price = price_at(evidence.error, costs, mean)
+    costs = tables.time if timed else tables.flops
+    mean = costs.gather(-1, chosen[..., None]).mean().item()
+    price = price_at(tables.error, costs, mean)
     rows = {
         name: tuple(
-            _choice(evidence, costs, price, layer, head, int(candidate))
-            for head, candidate in enumerate(chosen[layer])
+            _choice(evidence, tables.error, costs, price, layer, head, candidate)
+            for head, candidate in enumerate(chosen[layer].tolist())
         )
         for layer, name in enumerate(evidence.layers)
     }
     count = len(evidence.layers)
-    curve = tuple((cost, error / count) for cost, error in hull(evidence.error, costs))
-    predicted = solution_of(evidence, chosen).predicted
-    kind = "time" if timed and evidence.time is not None else "block density"
-    note = timing_note(plan)
-    return Choices(kind, price, rows, curve, (mean, predicted["error"]), note)
+    curve = tuple((cost, error / count) for cost, error in hull(tables.error, costs))
+    error = solution_of(evidence, chosen, plan.schedule).predicted["error"]
+    kind = "time" if timed and evidence.time is not None else "flops"
+    return Choices(kind, price, rows, curve, (mean, error), timing_note(plan))
 
 
 def _chosen(evidence: Evidence, plan: Plan) -> Tensor | None:
     """Numbers of the candidates that the plan runs, int64 `[layers, heads]`."""
-    candidates = evidence.error.shape[-1]
-    shared = {pattern: index for index, pattern in enumerate(evidence.patterns)}
-    chosen = torch.zeros(evidence.error.shape[:-1], dtype=torch.long)
+    chosen = torch.zeros(evidence.density.shape[:2], dtype=torch.long)
     for layer, name in enumerate(evidence.layers):
-        for head, pattern in enumerate(plan.assignment[name]):
-            index = shared.get(pattern)
-            if index is None and pattern.kind == "columns":
-                own = range(len(evidence.patterns), candidates)
-                same = [c for c in own if evidence.pattern(layer, head, c) == pattern]
-                index = same[0] if same else None
-            if index is None:
+        pairs = zip(plan.assignment[name], plan.remainders_of(name), strict=True)
+        for head, (pattern, remainder) in enumerate(pairs):
+            number = evidence.number(layer, head, Candidate(pattern, remainder))
+            if number is None:
                 return None
-            chosen[layer, head] = index
+            chosen[layer, head] = number
     return chosen
 
 
 def _choice(
-    evidence: Evidence, costs: Tensor, price: float, layer: int, head: int, candidate: int
+    evidence: Evidence,
+    errors: Tensor,
+    costs: Tensor,
+    price: float,
+    layer: int,
+    head: int,
+    candidate: int,
 ) -> Choice:
     def option(index: int) -> Option:
         return Option(
-            str(evidence.pattern(layer, head, index)),
-            evidence.error[layer, head, index].item(),
+            str(evidence.candidate(layer, head, index)),
+            errors[layer, head, index].item(),
             costs[layer, head, index].item(),
         )
 
-    loss = evidence.error[layer, head].double() + price * costs[layer, head].double()
+    loss = errors[layer, head] + price * costs[layer, head]
     loss = loss.nan_to_num(nan=torch.inf)
     loss[candidate] = torch.inf
     second = int(loss.argmin())

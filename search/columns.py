@@ -65,12 +65,3 @@ def columns(mass: Tensor, count: int, grid: TokenGrid, block: int) -> Columns:
     """The `count` key blocks of the largest `mass`, float `[key blocks]`; ties to the first."""
     ranking = mass.argsort(descending=True, stable=True)
     return Columns(tuple(sorted(ranking[:count].tolist())), block, grid.shape)
-
-
-def columns_cost(pattern: Columns, grid: TokenGrid) -> float:
-    """Block density of `pattern` when its key blocks are the kernel's: what text and the chosen
-    blocks cost every video query, and all keys every text query."""
-    starts = torch.tensor(pattern.blocks) * pattern.block
-    chosen = int((grid.video - starts).clamp_max(pattern.block).sum())
-    pairs = grid.video * (chosen + grid.text) + grid.text * grid.tokens
-    return pairs / grid.tokens**2

@@ -1,8 +1,7 @@
 """Search: from a pipeline, a few prompts and a budget to a plan.
 
-    short dense runs   ->  which key blocks each head looks at           -> columns
-    dense runs         ->  error of every candidate on sampled query rows -> Evidence
-    Evidence + Budget  ->  one pattern for each head                      -> Plan
+    dense runs         ->  error of every candidate on sampled query rows, fresh and stale
+    Evidence + Budget  ->  a schedule, and pattern and remainder for each head -> Plan
     sparse videos      ->  the loosest plan that holds a PSNR, if that is the budget
 
 Errors are taken on the dense trajectory: no layer sees what a sparse one before it got wrong.
@@ -12,33 +11,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dit_sparse.kernels.error import Metric
-from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.error import Metric, check_metric
 from dit_sparse.kernels.pattern import Columns, Full
+from dit_sparse.pipelines.capture import observed_grid
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.columns import column_counts, columns, columns_cost
+from dit_sparse.search.columns import column_counts
+from dit_sparse.search.course import schedules as all_schedules
+from dit_sparse.search.course import sightings
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.fidelity import CHECKS, loosest, mean_psnr
+from dit_sparse.search.gathering import evidence_of
 from dit_sparse.search.generations import Generations
-from dit_sparse.search.latency import relative_times
-from dit_sparse.search.observer import Calibration, Scoring
+from dit_sparse.search.observer import Scoring
+from dit_sparse.search.record import Record, Seen
 from dit_sparse.search.solution import solve
-from dit_sparse.search.space import Candidate, candidates
+from dit_sparse.search.space import KINDS, Space, check_kinds, patterns, remainders
 from dit_sparse.search.timing import StepTimes, Timing
-
-CALIBRATION_STEPS = 3
-CALIBRATION_PROMPTS = 2
 
 
 def search_plan(
@@ -52,23 +49,25 @@ def search_plan(
     width: int | None = None,
     frames: int | None = None,
     guidance: float | None = None,
-    schedule: Schedule = Schedule(),
+    candidates: Collection[str] = KINDS,
+    schedules: Sequence[Schedule] | None = None,
     block: int = 64,
-    observe_steps: int = 3,
-    rows: int = 128,
+    anchors: int = 3,
+    rows: int = 64,
     metric: Metric = "relative",
     through_wo: bool = True,
+    work: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Find a pattern for every head of `pipe` within `budget`.
+    """Find a schedule, and a pattern and remainder for every head of `pipe`, within `budget`.
 
-    The pipeline generates each prompt dense and is looked at during `observe_steps` of its
-    steps, in all guidance branches. It is left as it was, the random state included. The same
-    arguments give the same plan, but for the times it takes down, and what is solved from them.
+    The pipeline generates each prompt dense and is looked at in all guidance branches. It is left
+    as it was, the random state included. The same arguments give the same plan, but for the times
+    it takes down, and what is solved from them.
 
     Args:
         pipe (`DiffusionPipeline`): of a known family, with no plan in effect.
-        prompts (`Sequence[str]`): two to five that are typical of the use.
+        prompts (`Sequence[str]`): one to five that are typical of the use.
         budget (`Budget`): what the plan may spend. For a PSNR the pipeline generates every prompt
             up to six times more.
         steps (`int`): denoising steps of a generation, as the plan will be used.
@@ -76,12 +75,17 @@ def search_plan(
         height, width, frames (`int`, *optional*): size in pixels and number of frames; the
             pipeline's defaults if not given.
         guidance (`float`, *optional*): guidance scale; the pipeline's default if not given.
-        schedule (`Schedule`): the steps that the plan runs dense; they are not looked at.
+        candidates (`Collection[str]`): kinds of patterns and of remainders that may be tried;
+            full and drop always are.
+        schedules (`Sequence[Schedule]`, *optional*): those that the plan may have;
+            `course.schedules(steps)` if not given.
         block (`int`): tokens of a query block and of a key block.
-        observe_steps (`int`): how many of the sparse steps to look at.
+        anchors (`int`): at how many steps renewals are tried.
         rows (`int`): query rows to sample in each call.
         metric (`str`): of the error, see `kernels.error.pattern_error`.
         through_wo (`bool`): whether errors are taken through the output projection.
+        work (`str | Path`, *optional*): folder that keeps what was seen of each prompt; a search
+            that was killed goes on from there with the same arguments, to the same plan.
         progress (`Callable`, *optional*): told (steps done, steps in all) after every step.
 
     Returns:
@@ -93,75 +97,65 @@ def search_plan(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts: expected a list of at least one prompt, came {prompts!r}")
-    observed = observed_steps(steps, schedule, observe_steps)
-    base = Plan.uniform(pipe, Full(), schedule, block=block)
+    check_kinds(candidates)
+    check_metric(metric)
+    allowed = all_schedules(steps) if schedules is None else tuple(schedules)
+    seen_at = sightings(steps, allowed, anchors)
+    base = Plan.uniform(pipe, Full(), block=block)
     arguments = {"height": height, "width": width, "num_frames": frames}
     arguments |= {"guidance_scale": guidance}
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    short, few = min(CALIBRATION_STEPS, steps), prompts[:CALIBRATION_PROMPTS]
-    generated = budget.psnr is not None
-    last = steps - 1 if generated else observed[-1]
-    total = len(few) * short + len(prompts) * (last + 1 + generated * CHECKS * steps)
-    generations = Generations(pipe, arguments, seed, total, progress)
-
-    calibration = Calibration(block, rows)
-    generations.dense(few, short, short - 1, calibration)
-    grid = calibration.grid
-    if grid is None:
-        raise ValueError("no self-attention call of the pipeline was seen; is it a known family?")
-
-    shared = candidates(grid, block)
-    counts = column_counts(grid, block)
-    own: dict[str, tuple[tuple[Columns, ...], ...]] = {}
-    for layer in base.assignment:
-        mass = calibration.mass.of(layer)
-        if mass is not None:
-            own[layer] = tuple(
-                tuple(columns(head, count, grid, block) for count in counts) for head in mass
-            )
-    patterns = tuple(candidate.pattern for candidate in shared)
-    modules = layer_paths(pipe) if through_wo else None
-    scoring = Scoring(modules, grid, patterns, own, observed, rows, metric)
-    times = StepTimes()
-    references = generations.dense(prompts, steps, last, scoring, times=times, keep=generated)
-
-    layers = tuple(base.assignment)
-    evidence = _evidence(layers, grid, block, shared, counts, own, calibration, scoring)
-    evidence = replace(evidence, time=_times(evidence, scoring.query, times.seconds_per_call))
+    grid = replace(observed_grid(pipe, **arguments), valid_text=None)
+    counts = column_counts(grid, block) if Columns.kind in candidates else ()
+    space = Space(patterns(grid, block, candidates), counts, remainders(candidates))
     settings = {
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "seed": seed,
         "steps": steps,
-        "observed_steps": list(observed),
         "arguments": arguments,
         "rows": rows,
         "metric": metric,
         "through_wo": through_wo,
-        "costs": "block density" if evidence.time is None else "measured",
+        "candidates": sorted(candidates),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }
-    provenance = {"search": evidence.description() | settings}
-    measured = times.to_dict(steps)
+    modules = layer_paths(pipe) if through_wo else None
+    scoring = Scoring(modules, grid, block, space, seen_at, rows, metric)
+    generated = budget.psnr is not None
+    last = steps - 1 if generated else seen_at.last
+    total = len(prompts) * (last + 1 + generated * CHECKS * steps)
+    generations = Generations(pipe, prompts, steps, arguments, seed, total, progress)
+    told = settings | {"model": base.digest, "block": block, "last": last}
+    told |= {"sightings": [seen_at.steps, seen_at.anchors, seen_at.ages]}
+    record = Record(None if work is None else Path(work), told)
+    seen = [
+        _see(generations, record, scoring, number, last, decode=generated or not number)
+        for number in range(len(prompts))
+    ]
+    evidence = evidence_of(base, space, seen_at, allowed, grid, seen)
+    settings["costs"] = "block density" if evidence.time is None else "measured"
     searched = replace(
         base,
         grid=grid.shape,
-        provenance=provenance,
+        provenance={"search": evidence.description() | settings},
         evidence=evidence.arrays(),
-        timing={} if measured is None else {"dense": measured},
+        timing={} if seen[0].run["timing"] is None else {"dense": seen[0].run["timing"]},
     )
     if budget.psnr is None:
         return resolve(searched, budget)
+    references = [each.video for each in seen if each.video is not None]
 
-    def compare(density: float) -> tuple[float, float]:
-        plan = resolve(searched, Budget(density=density))
+    def compare(flops: float) -> tuple[float, float]:
+        plan = resolve(searched, replace(budget, psnr=None, flops=flops))
         with enable_sparse_attention(pipe, plan):
-            videos = generations.sparse(prompts, steps)
-        return plan.predicted["density"], mean_psnr(references, videos)
+            videos = generations.sparse()
+        return plan.predicted["flops"], mean_psnr(references, videos)
 
-    found = loosest(compare, budget.psnr, evidence.cost.amin(-1).double().mean().item())
+    least = min(evidence.tables(each).flops.amin(-1).mean().item() for each in allowed)
+    found = loosest(compare, budget.psnr, least)
     generations.finish()
-    held = resolve(searched, Budget(density=found.density))
+    held = resolve(searched, replace(budget, psnr=None, flops=found.share))
     achieved = {"psnr": found.psnr, "checks": [list(check) for check in found.checks]}
     provenance = held.provenance | {"budget": str(budget), "achieved": achieved}
     return replace(held, provenance=provenance)
@@ -178,88 +172,40 @@ def resolve(plan: Plan, budget: Budget) -> Plan:
     solution = solve(evidence, budget, Timing.of_plan(plan))
     provenance = plan.provenance | {"budget": str(budget), "predicted": solution.predicted}
     provenance.pop("achieved", None)
+    assignment, remainders = evidence.assignment(solution.chosen)
     return replace(
         plan,
-        assignment=evidence.assignment(solution.chosen),
+        assignment=assignment,
+        remainders=remainders,
+        schedule=solution.schedule,
         provenance=provenance,
         timing=plan.timing | {"predicted": solution.times},
     )
 
 
-def observed_steps(steps: int, schedule: Schedule, count: int) -> tuple[int, ...]:
-    """The steps to look at: the middles of `count` equal parts of the steps that run sparse."""
-    sparse = [step for step in range(steps) if not schedule.dense(step, steps)]
-    if not sparse:
-        raise ValueError(
-            f"the schedule keeps {schedule.dense_first} first and {schedule.dense_last} last "
-            f"steps dense, so none of {steps} runs sparse; use more steps or fewer dense ones"
-        )
-    if count < 1:
-        raise ValueError(f"observe_steps must be at least 1, came {count}")
-    count = min(count, len(sparse))
-    return tuple(sparse[(2 * part + 1) * len(sparse) // (2 * count)] for part in range(count))
-
-
-def _times(evidence: Evidence, query: Tensor | None, dense_seconds: float | None) -> Tensor | None:
-    """Measured times of all candidates, shaped as their costs; `None` if none were measured.
-
-    Columns of one count are priced by the first head's: how many blocks they keep decides.
-    """
-    if query is None or not dense_seconds:
-        return None
-    shared = len(evidence.patterns)
-    known = evidence.cost.isfinite()
-    layer = int(known[:, 0].sum(-1).argmax())
-    candidates = range(int(known[layer, 0].sum()))
-    patterns = [evidence.pattern(layer, 0, candidate) for candidate in candidates]
-    times = relative_times(patterns, evidence.grid, evidence.block, query, dense_seconds)
-    if times is None:
-        return None
-    missing = (torch.inf,) * (shared + len(evidence.column_counts) - len(times))
-    table = torch.tensor(times + missing).expand_as(evidence.cost)
-    return table.masked_fill(~known, torch.inf)
-
-
-def _evidence(
-    layers: Sequence[str],
-    grid: TokenGrid,
-    block: int,
-    shared: Sequence[Candidate],
-    counts: tuple[int, ...],
-    own: Mapping[str, tuple[tuple[Columns, ...], ...]],
-    calibration: Calibration,
+def _see(
+    generations: Generations,
+    record: Record,
     scoring: Scoring,
-) -> Evidence:
-    """The tables of all layers; a layer without columns has them at infinite cost."""
-    errors, costs, masses = [], [], []
-    for layer in layers:
-        error = scoring.error.of(layer)
-        if error is None:
-            raise ValueError(
-                f"{layer} did not run at the observed steps, so nothing is known about it; "
-                "raise observe_steps"
-            )
-        heads = len(error)
-        missing = torch.full((heads, len(counts)), torch.inf)
-        common = torch.tensor([candidate.cost for candidate in shared]).expand(heads, -1)
-        if layer in own:
-            columns_costs = [[columns_cost(p, grid) for p in head] for head in own[layer]]
-            costs.append(torch.cat([common, torch.tensor(columns_costs)], -1))
-            errors.append(error)
-        else:
-            costs.append(torch.cat([common, missing], -1))
-            errors.append(torch.cat([error, missing], -1))
-        mass = calibration.mass.of(layer)
-        blocks = -(-grid.video // block)
-        masses.append(torch.full((heads, blocks), torch.nan) if mass is None else mass)
-    patterns = tuple(candidate.pattern for candidate in shared)
-    return Evidence(
-        tuple(layers),
-        patterns,
-        counts,
-        grid,
-        block,
-        torch.stack(errors),
-        torch.stack(costs),
-        torch.stack(masses),
-    )
+    number: int,
+    last: int,
+    *,
+    decode: bool,
+) -> Seen:
+    """What the generation of one prompt shows, or has shown before."""
+    seen = record.load(number)
+    if seen is None:
+        scoring.begin()
+        times = StepTimes()
+        video = generations.dense(number, last, scoring, times, decode=decode)
+        timing = times.dense(generations.steps)
+        run = scoring.described() | {
+            "seconds_per_call": times.seconds_per_call,
+            "timing": None if timing is None else timing.to_dict(),
+        }
+        seen = Seen(scoring.sums, run, video)
+        record.save(number, seen)
+    else:
+        generations.skip(last + 1)
+    scoring.column_mass |= {layer: sums.column_mass for layer, sums in seen.sums.items()}
+    return seen

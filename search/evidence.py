@@ -1,4 +1,4 @@
-"""Evidence: error and cost of every candidate for every head, as a search measured them.
+"""Evidence: error and density of every candidate for every head, as a search measured them.
 
 It travels in the plan, arrays in `Plan.evidence` and the rest in `Plan.provenance["search"]`, so
 that another budget is solved in milliseconds without another search.
@@ -6,73 +6,153 @@ that another budget is solved in milliseconds without another search.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
-from dit_sparse.pipelines.plan import Plan
+from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
+from dit_sparse.kernels.values import from_dict, to_dict
+from dit_sparse.pipelines.plan import LSE_BYTES, Plan
+from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.columns import columns
+from dit_sparse.search.course import Keeping, Sightings, course
+from dit_sparse.search.space import Candidate, Space, search_cost
 
-ARRAYS = ("error", "cost", "column_mass")
+ARRAYS = ("error", "density", "column_mass")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Tables:
+    """What every candidate of every head errs, costs and keeps under one schedule, `[layers,
+    heads, candidates]`; `inf` in all where a head does not have the candidate.
+
+    Args:
+        schedule: that these are for.
+        steps: of the generation.
+        error: mean over all denoising steps, float64.
+        flops: share of the attention of a dense generation, searches and caches included.
+        time: the same of its seconds, as far as they were measured.
+        bytes: kept between steps, over all guidance branches.
+    """
+
+    schedule: Schedule
+    steps: int
+    error: Tensor
+    flops: Tensor
+    time: Tensor
+    bytes: Tensor
+
+    @property
+    def dense(self) -> float:
+        """Share of the steps that the schedule runs dense."""
+        dense = sum(self.schedule.dense(step, self.steps) for step in range(self.steps))
+        return dense / self.steps
+
+
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What a search measured.
 
-    The candidates of a head are `patterns`, the same for all heads, followed by one set of
-    columns for each of `column_counts`: the head's key blocks of the largest `column_mass`.
+    The candidates of a head are the patterns of `space`, the same for all heads, and one set of
+    columns for each of its `column_counts`, the head's key blocks of the largest `column_mass`;
+    each with every remainder in turn.
 
     Args:
         layers: names of the self-attention modules, as in `Plan.assignment`.
-        patterns: the candidates that all heads share.
-        column_counts: key blocks that each candidate of columns keeps.
+        space: what was tried.
+        sightings: the steps that errors were taken at.
+        schedules: those that a plan may have.
         grid: token grid of the search.
         block: tokens of a key block.
-        error: float32 `[layers, heads, candidates]`, at least 0.
-        cost: float32, same shape; `inf` where a head does not have the candidate.
-        column_mass: float32 `[layers, heads, key blocks]`; `nan` in a layer not calibrated.
-        time: float32, shaped as `cost`, of dense attention's time; `None` if nothing on the
-            device was calibrated.
+        head_dim: channels of each layer's heads.
+        copies: how many sequences pass a layer at a step, over batch and guidance branches.
+        error: float32 `[layers, heads, candidates, anchors, ages]`, at least 0, `inf` for what a
+            head does not have.
+        density: float32 `[layers, heads, candidates]`: what a sparse pass computes, of dense.
+        column_mass: float32 `[layers, heads, key blocks]`.
+        time: float32, shaped as `density`, of a sparse pass in dense attention's time; `None` if
+            nothing on the device was calibrated.
     """
 
     layers: tuple[str, ...]
-    patterns: tuple[Pattern, ...]
-    column_counts: tuple[int, ...]
+    space: Space
+    sightings: Sightings
+    schedules: tuple[Schedule, ...]
     grid: TokenGrid
     block: int
+    head_dim: tuple[int, ...]
+    copies: int
     error: Tensor
-    cost: Tensor
+    density: Tensor
     column_mass: Tensor
     time: Tensor | None = None
 
-    def pattern(self, layer: int, head: int, candidate: int) -> Pattern:
-        """The pattern of one candidate of one head."""
-        if candidate < len(self.patterns):
-            return self.patterns[candidate]
-        count = self.column_counts[candidate - len(self.patterns)]
-        return columns(self.column_mass[layer, head], count, self.grid, self.block)
+    def candidate(self, layer: int, head: int, number: int) -> Candidate:
+        """One candidate of one head."""
+        slot, remainder = divmod(number, len(self.space.remainders))
+        rest = self.space.remainders[remainder]
+        if slot < len(self.space.patterns):
+            return Candidate(self.space.patterns[slot], rest)
+        count = self.space.column_counts[slot - len(self.space.patterns)]
+        mass = self.column_mass[layer, head]
+        return Candidate(columns(mass, count, self.grid, self.block), rest)
+
+    def number(self, layer: int, head: int, candidate: Candidate) -> int | None:
+        """Which of the candidates of a head this is; `None` if it was not tried."""
+        if candidate.remainder not in self.space.remainders:
+            return None
+        slots = range(self.space.slots)
+        if candidate.pattern in self.space.patterns:
+            slots = [self.space.patterns.index(candidate.pattern)]
+        numbers = [
+            slot * len(self.space.remainders) + self.space.remainders.index(candidate.remainder)
+            for slot in slots
+        ]
+        same = (n for n in numbers if self.candidate(layer, head, n) == candidate)
+        return next(same, None)
 
     @property
     def full(self) -> int:
         """Which candidate is dense attention."""
-        return self.patterns.index(Full())
+        return self.space.patterns.index(Full()) * len(self.space.remainders)
 
-    @property
-    def relative_time(self) -> Tensor:
-        """Time of every candidate as a share of dense attention's, shaped as `cost`: as measured
-        or, where nothing was, its block density."""
-        return self.cost if self.time is None else self.time
+    def tables(self, schedule: Schedule, steps: int | None = None) -> Tables:
+        """What follows for generations under `schedule`, of as many steps as the search's if none
+        are given."""
+        steps = self.sightings.steps if steps is None else steps
+        density = self.density.double()
+        passes = density if self.time is None else self.time.double()
+        error, flops, time = (torch.empty_like(density) for _ in range(3))
+        kept = torch.zeros_like(density)
+        for keeping, numbers in self._keeping.items():
+            own = course(keeping, schedule, steps)
+            weights = self.sightings.weights(own).flatten()
+            search = torch.tensor([self._search[number] for number in numbers])
+            error[..., numbers] = self._known[..., numbers, :] @ weights
+            flops[..., numbers] = own.cost(density[..., numbers], search)
+            time[..., numbers] = own.cost(passes[..., numbers], search)
+            kept[..., numbers] = self._bytes(keeping, numbers, schedule)
+        tables = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))
+        return Tables(schedule, steps, *tables, bytes=kept)
 
-    def assignment(self, chosen: Tensor) -> dict[str, tuple[Pattern, ...]]:
-        """The patterns of the candidates `chosen`, int64 `[layers, heads]`, for a plan."""
-        return {
-            name: tuple(self.pattern(layer, head, int(c)) for head, c in enumerate(chosen[layer]))
-            for layer, name in enumerate(self.layers)
-        }
+    def assignment(
+        self, chosen: Tensor
+    ) -> tuple[dict[str, tuple[Pattern, ...]], dict[str, tuple[Remainder, ...]]]:
+        """Patterns and remainders of the candidates `chosen`, int64 `[layers, heads]`, for a
+        plan; layers that drop everything have no remainders."""
+        patterns, remainders = {}, {}
+        for layer, name in enumerate(self.layers):
+            heads = enumerate(chosen[layer].tolist())
+            own = [self.candidate(layer, head, number) for head, number in heads]
+            patterns[name] = tuple(each.pattern for each in own)
+            if any(each.remainder != Drop() for each in own):
+                remainders[name] = tuple(each.remainder for each in own)
+        return patterns, remainders
 
     def arrays(self) -> dict[str, Tensor]:
         """The content of `Plan.evidence`."""
@@ -84,10 +164,15 @@ class Evidence:
         grid = self.grid
         return {
             "layers": list(self.layers),
-            "candidates": [pattern_to_dict(pattern) for pattern in self.patterns],
-            "column_counts": list(self.column_counts),
+            "patterns": [pattern_to_dict(pattern) for pattern in self.space.patterns],
+            "column_counts": list(self.space.column_counts),
+            "remainders": [to_dict(remainder) for remainder in self.space.remainders],
+            "sightings": asdict(self.sightings),
+            "schedules": [asdict(schedule) for schedule in self.schedules],
             "grid": [*grid.shape, grid.text_before, grid.text_after],
             "block": self.block,
+            "head_dim": list(self.head_dim),
+            "copies": self.copies,
         }
 
     @classmethod
@@ -104,12 +189,21 @@ class Evidence:
                 "it; search a plan with search_plan or dit-sparse search"
             )
         try:
+            space = Space(
+                tuple(map(pattern_from_dict, described["patterns"])),
+                tuple(described["column_counts"]),
+                tuple(from_dict(r, "remainder", REMAINDERS) for r in described["remainders"]),
+            )
+            seen = described["sightings"]
             evidence = cls(
                 layers=tuple(described["layers"]),
-                patterns=tuple(map(pattern_from_dict, described["candidates"])),
-                column_counts=tuple(described["column_counts"]),
+                space=space,
+                sightings=Sightings(seen["steps"], tuple(seen["anchors"]), tuple(seen["ages"])),
+                schedules=tuple(map(_schedule, described["schedules"])),
                 grid=TokenGrid(*described["grid"]),
                 block=described["block"],
+                head_dim=tuple(described["head_dim"]),
+                copies=described["copies"],
                 **{name: plan.evidence[name] for name in ARRAYS},
                 time=plan.evidence.get("time"),
             )
@@ -125,22 +219,76 @@ class Evidence:
         if set(self.layers) != set(heads):
             differing = min(set(self.layers) ^ set(heads))
             return f"is not of the plan's layers: {differing} is in only one of them"
-        count = heads[self.layers[0]]
-        expected = (len(self.layers), count, len(self.patterns) + len(self.column_counts))
-        tables = {"error": self.error, "cost": self.cost, "time": self.relative_time}
-        for name, table in tables.items():
-            if tuple(table.shape) != expected:
-                return f"should have the shape {expected}, {name} has {tuple(table.shape)}"
-            if table.isnan().any() or (table < 0).any():
-                return f"should hold numbers of at least 0, {name} holds others"
+        count, seen = heads[self.layers[0]], self.sightings
+        if Full() not in self.space.patterns or self.space.remainders[:1] != (Drop(),):
+            return "should have full attention and dropping among its candidates"
         if type(self.block) is not int or self.block < 1:
             return f"should have blocks of at least 1 token, came {self.block!r}"
+        shape = (len(self.layers), count, self.space.slots * len(self.space.remainders))
+        tables = {
+            "density": self.density,
+            "time": self.density if self.time is None else self.time,
+        }
+        expected = {
+            "error": (*shape, len(seen.anchors), len(seen.ages)),
+            **dict.fromkeys(tables, shape),
+        }
+        for name, table in ({"error": self.error} | tables).items():
+            if tuple(table.shape) != expected[name]:
+                return f"should have the shape {expected[name]}, {name} has {tuple(table.shape)}"
+            if table.isnan().any() or (table < 0).any():
+                return f"should hold numbers of at least 0, {name} holds others"
         blocks = -(-self.grid.video // self.block)
-        if tuple(self.column_mass.shape) != (*expected[:2], blocks):
+        if tuple(self.column_mass.shape) != (*shape[:2], blocks):
             return (
                 f"should have {blocks} key blocks, column_mass has the shape "
                 f"{tuple(self.column_mass.shape)}"
             )
-        if Full() not in self.patterns or (self.error[..., self.full] != 0).any():
+        if len(self.head_dim) != len(self.layers):
+            return f"should have a head_dim for each of {len(self.layers)} layers"
+        if (self.error[..., self.full, :, :] != 0).any():
             return "should have full attention among its candidates, without error"
         return None
+
+    @cached_property
+    def _keeping(self) -> dict[Keeping, list[int]]:
+        """The candidates by what they keep; columns keep what patterns of the grid do."""
+        numbers: dict[Keeping, list[int]] = {}
+        remainders = self.space.remainders
+        for number in range(self.density.shape[-1]):
+            slot, remainder = divmod(number, len(remainders))
+            pattern = self.space.patterns[slot] if slot < len(self.space.patterns) else Full()
+            keeping = Keeping.of(pattern, remainders[remainder])
+            numbers.setdefault(keeping, []).append(number)
+        return numbers
+
+    @cached_property
+    def _search(self) -> list[float]:
+        """What it takes each candidate to find its blocks once."""
+        costs = [search_cost(pattern, self.block) for pattern in self.space.patterns]
+        costs += [0.0] * len(self.space.column_counts)
+        return [cost for cost in costs for _ in self.space.remainders]
+
+    @cached_property
+    def _missing(self) -> Tensor:
+        """What heads do not have."""
+        return self.error.isinf().any(-1).any(-1) | self.density.isinf()
+
+    @cached_property
+    def _known(self) -> Tensor:
+        """Errors by sighting in one row, 0 for what is missing; float64."""
+        return self.error.double().flatten(-2).nan_to_num(posinf=0)
+
+    def _bytes(self, keeping: Keeping, numbers: list[int], schedule: Schedule) -> Tensor:
+        """Kept by some candidates of every layer, over all guidance branches."""
+        tokens, remainders = self.grid.tokens, self.space.remainders
+        lse = LSE_BYTES * tokens if keeping.lse and schedule.renews_again else 0
+        rows = [
+            [cache_bytes(remainders[n % len(remainders)], 1, tokens, 1, dim) for n in numbers]
+            for dim in self.head_dim
+        ]
+        return self.copies * (torch.tensor(rows).double() + lse)[:, None]
+
+
+def _schedule(data: dict[str, Any]) -> Schedule:
+    return Schedule(**{**data, "renew_at": tuple(data["renew_at"])})

@@ -15,21 +15,21 @@ PSNR_CAP = 100.0
 """dB; of identical frames, whose ratio is infinite."""
 
 CHECKS = 6
-"""Most densities that are generated with and compared."""
+"""Most plans that are generated with and compared."""
 
 CLOSE = 0.25
 """dB above what was asked for that is close enough to stop."""
 
 LOOSEST = 0.01
-"""Density below which none is tried, unless every plan is denser."""
+"""Share of FLOPs below which none is tried, unless every plan takes more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """The density to ask for, the PSNR in dB that its plan's videos have, and all
-    (density of a plan, PSNR) that were tried."""
+    """The share of dense attention's FLOPs to ask for, the PSNR in dB that its plan's videos
+    have, and all (share of a plan, PSNR) that were tried."""
 
-    density: float
+    share: float
     psnr: float
     checks: tuple[tuple[float, float], ...]
 
@@ -51,25 +51,25 @@ def mean_psnr(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
 
 
 def loosest(check: Callable[[float], tuple[float, float]], asked: float, least: float) -> Fidelity:
-    """The lowest density found to hold `asked` dB, by bisection of its logarithm.
+    """The least share of FLOPs found to hold `asked` dB, by bisection of its logarithm.
 
     Where both ends of the bracket were checked, the next is where a line through them meets what
     was asked, but never in the outer tenths.
 
     Args:
-        check: generates with the plan within a density and compares; gives the density that the
-            plan really has, and its PSNR in dB, which should rise with it.
+        check: generates with the plan within a share and compares; gives the share that the plan
+            really takes, and its PSNR in dB, which should rise with it.
         asked: dB to be held.
-        least: density of the cheapest plan.
+        least: share of the cheapest plan.
 
     Returns:
-        Density 1, whose videos are the dense ones, if none of the `CHECKS` tried holds.
+        Share 1, whose videos are the dense ones, if none of the `CHECKS` tried holds.
     """
     low, high = math.log(max(least, LOOSEST)), 0.0
     below: float | None = None
     above: float | None = None
     checks: list[tuple[float, float]] = []
-    density, psnr = 1.0, PSNR_CAP
+    share, psnr = 1.0, PSNR_CAP
     while len(checks) < CHECKS and high - low > 0.01:
         place = 0.5
         if below is not None and above is not None and above > below:
@@ -80,9 +80,9 @@ def loosest(check: Callable[[float], tuple[float, float]], asked: float, least: 
         if came < asked:
             low, below = middle, came
             continue
-        density, psnr = math.exp(middle), came
-        # Plans between these two densities are this plan.
+        share, psnr = math.exp(middle), came
+        # Plans between these two shares are this plan.
         high, above = min(middle, math.log(max(spent, LOOSEST))), came
         if came <= asked + CLOSE:
             break
-    return Fidelity(density, psnr, tuple(checks))
+    return Fidelity(share, psnr, tuple(checks))

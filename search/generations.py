@@ -17,7 +17,9 @@ class Generations:
 
     Args:
         pipe: a diffusers pipeline.
-        arguments: of its call, beside the prompt, the steps and the random numbers.
+        prompts: one generation each.
+        steps: of a generation.
+        arguments: of the pipeline's call, beside the prompt, the steps and the random numbers.
         seed: of the first prompt's noise.
         total: steps that will be run in all, if every one is.
         progress: told (steps done, `total`) after every step.
@@ -26,12 +28,16 @@ class Generations:
     def __init__(
         self,
         pipe: Any,
+        prompts: Sequence[str],
+        steps: int,
         arguments: dict[str, Any],
         seed: int,
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._pipe = pipe
+        self._prompts = prompts
+        self.steps = steps
         self._arguments = arguments
         self._seed = seed
         self._total = total
@@ -39,79 +45,61 @@ class Generations:
         self._done = 0
 
     def dense(
-        self,
-        prompts: Sequence[str],
-        steps: int,
-        last: int,
-        observer: Observer,
-        *,
-        times: StepTimes | None = None,
-        keep: bool = False,
-    ) -> list[Tensor]:
-        """Generate up to step `last` and let `observer` see every attention call.
+        self, number: int, last: int, observer: Observer, times: StepTimes, *, decode: bool
+    ) -> Tensor | None:
+        """Generate prompt `number` up to step `last` and let `observer` see every attention call.
 
         Args:
-            prompts: one generation each.
-            steps: of a whole generation.
+            number: of the prompt.
             last: the last step that is run.
             observer: see `observe_attention`.
-            times: takes down how long steps and, once, decoding take.
-            keep: whether to decode and return all videos.
+            times: takes down how long steps and, if it is done, decoding take.
+            decode: whether to decode.
 
         Returns:
-            Videos as `sparse` returns them, if they are kept.
+            The video as `sparse` returns it, if the generation went to its end.
         """
-        videos = []
-        stopwatch = None if times is None else times.stopwatch
-        with observe_attention(self._pipe, observer, stopwatch):
-            for number, prompt in enumerate(prompts):
-                final = number == len(prompts) - 1
-                decode = keep or (times is not None and final)
-                if times is not None:
-                    times.begin()
-                output = self._run(number, prompt, steps, last, decode, times)
-                if times is not None and final:
-                    times.end()
-                if keep:
-                    videos.append(_video(output))
-        return videos
+        with observe_attention(self._pipe, observer, times.stopwatch):
+            times.begin()
+            output = self._run(number, last, decode, times)
+            if decode:
+                times.end()
+        return _video(output) if decode and last == self.steps - 1 else None
 
-    def sparse(self, prompts: Sequence[str], steps: int) -> list[Tensor]:
-        """Generate with whatever plan is in effect: float `[frames, height, width, 3]` in [0, 1]
-        for each prompt."""
+    def sparse(self) -> list[Tensor]:
+        """Generate all prompts with whatever plan is in effect: float `[frames, height, width, 3]`
+        in [0, 1] for each."""
+        last = self.steps - 1
         return [
-            _video(self._run(number, prompt, steps, steps - 1, True, None))
-            for number, prompt in enumerate(prompts)
+            _video(self._run(number, last, True, None)) for number in range(len(self._prompts))
         ]
+
+    def skip(self, steps: int) -> None:
+        """Tell that some steps need not be run."""
+        self._tell(self._done + steps)
 
     def finish(self) -> None:
         """Tell that the steps not run will not be needed."""
-        if self._progress is not None and self._done < self._total:
-            self._progress(self._total, self._total)
+        self._tell(self._total)
 
-    def _run(
-        self,
-        number: int,
-        prompt: str,
-        steps: int,
-        last: int,
-        decode: bool,
-        times: StepTimes | None,
-    ) -> Any:
+    def _tell(self, done: int) -> None:
+        if self._progress is not None and done > self._done:
+            self._progress(done, self._total)
+        self._done = done
+
+    def _run(self, number: int, last: int, decode: bool, times: StepTimes | None) -> Any:
         def after(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if step <= last:
                 if times is not None:
                     times.step()
-                self._done += 1
-                if self._progress is not None:
-                    self._progress(self._done, self._total)
+                self._tell(self._done + 1)
             # What follows the last step is not needed: diffusers' way to stop a run.
             pipe._interrupt = step >= last
             return tensors
 
         output = self._pipe(
-            prompt=prompt,
-            num_inference_steps=steps,
+            prompt=self._prompts[number],
+            num_inference_steps=self.steps,
             generator=torch.Generator("cpu").manual_seed(self._seed + number),
             output_type="np" if decode else "latent",
             callback_on_step_end=after,

@@ -12,43 +12,37 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.backend import choose
-from dit_sparse.kernels.blocks import block_indices
+from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.calibration import Calibration, calibration_for, dtype_name, work_of
 from dit_sparse.kernels.call import AttentionCall
-from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Pattern
 
 
 def relative_times(
-    patterns: Sequence[Pattern], grid: TokenGrid, block: int, query: Tensor, dense_seconds: float
+    lists: Sequence[BlockIndices], query: Tensor, dense_seconds: float
 ) -> tuple[float, ...] | None:
-    """Time of every pattern if all heads of a layer ran it, as a share of `dense_seconds`.
+    """Time of every list, made for one head, if all heads of a layer ran it; as a share of
+    `dense_seconds`.
 
     Args:
-        patterns: to be priced.
-        grid: of the layer.
-        block: tokens of a block of queries and of keys.
+        lists: to be priced.
         query: `[batch, tokens, heads, head_dim]`, of which shape, dtype and device count.
         dense_seconds: of one dense call of the layer.
 
     Returns:
-        One share a pattern, above 1 where it is slower than dense; `None` unless the device was
+        One share a list, above 1 where it is slower than dense; `None` unless the device was
         calibrated for every one of them.
     """
     calibration = calibration_for(query.device)
     if calibration is None:
         return None
-    times = [_seconds(calibration, pattern, grid, block, query) for pattern in patterns]
+    times = [_seconds(calibration, blocks, query) for blocks in lists]
     if any(seconds is None for seconds in times):
         return None
     return tuple(seconds / dense_seconds for seconds in times if seconds is not None)
 
 
-def _seconds(
-    calibration: Calibration, pattern: Pattern, grid: TokenGrid, block: int, query: Tensor
-) -> float | None:
+def _seconds(calibration: Calibration, blocks: BlockIndices, query: Tensor) -> float | None:
     batch, tokens, heads, head_dim = query.shape
-    blocks = block_indices((pattern,), grid, block_q=block, block_k=block)
     empty = torch.empty((batch, tokens, 1, head_dim), dtype=query.dtype, device=query.device)
     call = AttentionCall(empty, empty, empty, blocks, head_dim**-0.5)
     kind = choose(call).name, dtype_name(query.dtype), head_dim

@@ -1,81 +1,102 @@
-"""Observers of a search: what is taken down at the dense attention calls of a generation.
+"""Observer of a search: takes down the error of every candidate at the calls of a dense run.
 
-`Calibration` sums the attention that blocks of keys draw, from which columns are chosen;
-`Scoring` sums the error of every candidate. Both keep sums per layer, no activations.
+    renewal step     blocks are found, caches of remainders taken: what reuse will work with
+    some steps on    sparse output, with the cache of then, against the dense output of now
+
+Sums per layer are kept and, until the generation ends, what a few sampled rows would have kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from dit_sparse.kernels.error import Metric, pattern_error
+from dit_sparse.kernels.attention import sparse_attention
+from dit_sparse.kernels.blocks import WHOLE, block_indices
+from dit_sparse.kernels.error import Distance, Metric, row_counts
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.order import raster
+from dit_sparse.kernels.pattern import Full
+from dit_sparse.kernels.ranking import score_blocks
+from dit_sparse.kernels.remainder import Cache, Cached, Pair, Pooled, cache_of
+from dit_sparse.kernels.row_attention import RowAttention, RowPair
 from dit_sparse.kernels.rows import sample_rows, valid_tokens
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.scored_blocks import geometry
+from dit_sparse.kernels.selection import select_blocks
 from dit_sparse.pipelines.capture import AttentionSite
-from dit_sparse.search.columns import column_mass
+from dit_sparse.search.columns import column_mass, columns
+from dit_sparse.search.course import Sightings
+from dit_sparse.search.lens import Lens, Sight
+from dit_sparse.search.space import Space
 
-MASK_CACHE_BYTES = 2**29
-"""Row masks of the shared candidates are kept between calls up to this size."""
-
-
-class Mean:
-    """The running mean of the tensors added for every layer, on the CPU.
-
-    Sums are float64, in the order in which the calls come.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, layer: str, values: Tensor) -> None:
-        """Add one observation of `layer`."""
-        values = values.double().cpu()
-        self._sums[layer] = self._sums[layer] + values if layer in self._sums else values
-        self._counts[layer] = self._counts.get(layer, 0) + 1
-
-    def of(self, layer: str) -> Tensor | None:
-        """float32 mean of the observations of `layer`; `None` if there were none."""
-        if layer not in self._sums:
-            return None
-        return (self._sums[layer] / self._counts[layer]).float()
+HELD_BYTES = 2**28
+"""Attention weights held at a time; the masked copy takes as much again."""
 
 
-class Calibration:
-    """Observer of the mass of key blocks.
+@dataclass(slots=True)
+class Sums:
+    """What was seen of one layer, in float64 and in the order in which the calls came.
 
     Args:
-        block: tokens of a key block.
-        rows: query rows to sample.
+        error: `[heads, slots, remainders, anchors, ages]`; `inf` where a pattern does not go with
+            a remainder.
+        count: calls, `[anchors, ages]`.
+        column_mass: of the layer's first call, float32 `[heads, key blocks]`.
     """
 
-    def __init__(self, block: int, rows: int) -> None:
-        self.mass = Mean()
-        self.grid: TokenGrid | None = None
-        self._block = block
-        self._rows = rows
+    error: Tensor
+    count: Tensor
+    column_mass: Tensor
 
-    def __call__(
-        self,
-        site: AttentionSite,
-        branch: str,
-        step: int,
-        steps: int,
-        grid: TokenGrid,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-    ) -> None:
-        self.grid = common_grid(self.grid, grid)
-        rows = sample_rows(grid.tokens, self._rows).to(query.device)
-        mass = column_mass(query, key, rows, self.grid, self._block, valid=_valid(grid, query))
-        self.mass.add(site.name, mass)
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What the sampled rows keep of a renewal: what they see under the patterns that were found,
+    and the caches, by first slot of the sight and number of the remainder."""
+
+    sights: tuple[Sight, ...]
+    caches: dict[tuple[int, int], Cache] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One attention call and the rows of it that are looked at."""
+
+    grid: TokenGrid
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rows: Tensor
+
+    @property
+    def valid(self) -> Tensor | None:
+        valid = valid_tokens(self.grid)
+        return valid if valid is None else valid.to(self.query.device)
+
+    def pairs(
+        self, masks: Callable[[slice], Iterable[Tensor]], lens: Lens | None = None
+    ) -> RowPair:
+        """The rows under each of `masks`, made for some heads at a time; over the means of `lens`
+        as well, if given."""
+        batch, tokens, heads, _ = self.query.shape
+        step = max(1, HELD_BYTES // (4 * batch * len(self.rows) * tokens))
+        pairs = []
+        for start in range(0, heads, step):
+            part = slice(start, min(start + step, heads))
+            own = self.query[:, :, part], self.key[:, :, part], self.value[:, :, part]
+            if lens is None:
+                attention = RowAttention.of(*own, self.rows, valid=self.valid)
+            else:
+                attention = lens.attention(*own, self.rows, self.valid)
+            pairs.append(attention.under(masks(part)))
+        outputs, lses = zip(*pairs, strict=True)
+        return RowPair(torch.cat(outputs, 1), torch.cat(lses, 1))
 
 
 class Scoring:
@@ -85,36 +106,52 @@ class Scoring:
         modules: the layers by name, whose output projections (`to_out`) the errors are taken
             through; `None` leaves errors as they are before the projection.
         grid: of the calls.
-        shared: candidates of every head.
-        own: further candidates of every head of a layer, by layer; a layer may have none.
-        at: the denoising steps to look at.
+        block: tokens of a block of queries and of keys.
+        space: what is tried.
+        sightings: when.
         rows: query rows to sample.
         metric: of the error.
 
-    `query` is one number in the shape, dtype and place of the first query that was scored.
+    `sums` is what the running generation has shown of each layer, `query` one number in the
+    shape, dtype and place of the first query, `branches` the guidance branches.
     """
 
     def __init__(
         self,
         modules: Mapping[str, Any] | None,
         grid: TokenGrid,
-        shared: tuple[Pattern, ...],
-        own: Mapping[str, tuple[tuple[Pattern, ...], ...]],
-        at: Container[int],
+        block: int,
+        space: Space,
+        sightings: Sightings,
         rows: int,
         metric: Metric,
     ) -> None:
-        self.error = Mean()
         self.query: Tensor | None = None
+        self.branches: dict[str, None] = {}
+        self.column_mass: dict[str, Tensor] = {}
         self._modules = modules
         self._grid = grid
-        self._shared = shared
-        self._own = own
-        self._at = at
+        self._block = block
+        self._space = space
+        self._sightings = sightings
         self._rows = sample_rows(grid.tokens, rows)
         self._metric: Metric = metric
-        self._cache: dict[int, list[Tensor]] = {}
-        self._keep = len(shared) * len(self._rows) * grid.tokens <= MASK_CACHE_BYTES
+        level = next((r.level for r in space.remainders if isinstance(r, Pooled)), None)
+        self._pooled = level is not None
+        found = [n for n, pattern in enumerate(space.patterns) if isinstance(pattern, Scored)]
+        self._found: dict[Lens, tuple[int, ...]] = {}
+        self._followed: dict[Lens, tuple[int, ...]] = {}
+        for number, pattern in enumerate(space.patterns):
+            lens = Lens(pattern.order or raster(), grid, block, level)
+            group = self._found if number in found else self._followed
+            group[lens] = (*group.get(lens, ()), number)
+        self._sights: list[Sight] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self.sums: dict[str, Sums] = {}
+        self._renewed: dict[tuple[str, str, int], Renewed] = {}
 
     def __call__(
         self,
@@ -127,35 +164,133 @@ class Scoring:
         key: Tensor,
         value: Tensor,
     ) -> None:
-        if step not in self._at:
+        sighted = self._sightings.at(step)
+        if not sighted:
             return
         common_grid(self._grid, grid)
+        layer = site.name
         if self.query is None:
-            self.query = query.new_empty(()).expand(query.shape)
+            self._begin_on(query)
+        self.branches.setdefault(branch)
+        call = Call(grid, query, key, value, self._rows)
+        if layer not in self.column_mass:
+            mass = column_mass(query, key, call.rows, self._grid, self._block, valid=call.valid)
+            self.column_mass[layer] = mass.cpu()
+        for anchor, age in sighted:
+            if age == 0:
+                self._renewed[layer, branch, anchor] = Renewed(self._find(call))
+        dense = call.pairs(lambda _: [torch.ones((), dtype=torch.bool, device=query.device)])
+        counts = row_counts(call.rows, len(query), call.valid)
+        distance = Distance(dense.output[:, :, 0], self._projection(layer), counts)
+        followed = [
+            (sight, self._under(call, sight, distance))
+            for sight in (*self._sights, self._columns(layer))
+        ]
+        sums = self.sums.setdefault(layer, self._nothing(layer))
+        for anchor, age in sighted:
+            renewed = self._renewed.get((layer, branch, anchor))
+            if renewed is None:
+                # Another transformer ran at the renewal.
+                continue
+            found = [(sight, self._under(call, sight, distance)) for sight in renewed.sights]
+            for sight, (pair, means) in (*followed, *found):
+                errors = self._remainders(sight, pair, means, dense, distance, age, renewed.caches)
+                mean = errors.mean(0).double().cpu()
+                sums.error[:, list(sight.slots), :, anchor, age] += mean
+            sums.count[anchor, age] += 1
+
+    def described(self) -> dict[str, Any]:
+        """Of the calls, as JSON values: `shape` and `dtype` of queries, `device`, and how many
+        `branches` of guidance there are."""
+        assert self.query is not None
+        return {
+            "shape": list(self.query.shape),
+            "dtype": str(self.query.dtype).removeprefix("torch."),
+            "device": str(self.query.device),
+            "branches": len(self.branches),
+        }
+
+    def _begin_on(self, query: Tensor) -> None:
+        """Prepare for calls like that of `query`."""
+        self.query = query.new_empty(()).expand(query.shape)
         self._rows = self._rows.to(query.device)
-        error = pattern_error(
-            query,
-            key,
-            value,
-            lambda part: chain(self._shared_masks(part), self._own_masks(site.name, part)),
-            self._rows,
-            metric=self._metric,
-            projection=self._projection(site.name),
-            valid=_valid(grid, query),
-        )
-        self.error.add(site.name, error.mean(0))
+        for lens, numbers in self._followed.items():
+            patterns = [self._space.patterns[number] for number in numbers]
+            self._sights.append(lens.at_patterns(self._rows, numbers, patterns))
 
-    def _shared_masks(self, part: slice) -> Iterable[Tensor]:
-        if part.start in self._cache:
-            return self._cache[part.start]
-        masks = (pattern.rows(self._grid, self._rows[part]) for pattern in self._shared)
-        if self._keep:
-            return self._cache.setdefault(part.start, list(masks))
-        return masks
+    def _nothing(self, layer: str) -> Sums:
+        mass = self.column_mass[layer]
+        anchors, ages = len(self._sightings.anchors), len(self._sightings.ages)
+        shape = len(mass), self._space.slots, len(self._space.remainders), anchors, ages
+        return Sums(torch.zeros(shape, dtype=torch.double), torch.zeros(anchors, ages), mass)
 
-    def _own_masks(self, layer: str, part: slice) -> Iterable[Tensor]:
-        for patterns in zip(*self._own.get(layer, ()), strict=True):
-            yield torch.stack([p.rows(self._grid, self._rows[part]) for p in patterns])
+    def _find(self, call: Call) -> tuple[Sight, ...]:
+        """What the rows see under the scored patterns, found from this call."""
+        if not self._found:
+            return ()
+        heads = call.query.shape[2]
+        every = block_indices((Full(),) * heads, call.grid, None, self._block, self._block)
+        lse = sparse_attention(call.query, call.key, call.value, every)[1]
+        sights = []
+        for lens, numbers in self._found.items():
+            cut = geometry(lens.order, call.grid, heads, self._block)
+            patterns = [self._space.patterns[number] for number in numbers]
+            scored = [pattern for pattern in patterns if isinstance(pattern, Scored)]
+            rankings = {
+                score: score_blocks(score, call.query, call.key, cut, lse=lse)
+                for score in dict.fromkeys(pattern.score for pattern in scored)
+            }
+            tables = [select_blocks(p.select, rankings[p.score], cut) == WHOLE for p in scored]
+            sights.append(lens.at_blocks(self._rows, numbers, tables))
+        return tuple(sights)
+
+    def _columns(self, layer: str) -> Sight:
+        """What the rows see under the columns that each head has for itself."""
+        masks = []
+        for count in self._space.column_counts:
+            heads = [columns(m, count, self._grid, self._block) for m in self.column_mass[layer]]
+            masks.append(torch.stack([p.rows(self._grid, self._rows) for p in heads]))
+        slots = range(len(self._space.patterns), self._space.slots)
+        return Sight(tuple(slots), tuple(masks), None, None)
+
+    def _under(
+        self, call: Call, sight: Sight, distance: Distance
+    ) -> tuple[RowPair, Tensor | None]:
+        """Pairs of the candidates of a sight, and their errors with a pooled remainder."""
+        pair = call.pairs(sight.keys)
+        if sight.means is None:
+            return pair, None
+        output = call.pairs(sight.keys_and_means, sight.lens).output
+        return pair, distance.error(output, self._metric)
+
+    def _remainders(
+        self,
+        sight: Sight,
+        pair: RowPair,
+        means: Tensor | None,
+        dense: RowPair,
+        distance: Distance,
+        age: int,
+        caches: dict[tuple[int, int], Cache],
+    ) -> Tensor:
+        """Errors `[batch, heads, candidates, remainders]`; caches are taken at age 0."""
+        nothing = torch.full_like(pair.lse[..., 0], torch.inf)
+        errors = []
+        for number, remainder in enumerate(self._space.remainders):
+            own = sight.slots[0], number
+            if isinstance(remainder, Pooled):
+                errors.append(nothing if means is None else means)
+            elif not isinstance(remainder, Cached):
+                errors.append(distance.error(pair.output, self._metric))
+            elif age == 0:
+                whole = RowPair(dense.output.expand_as(pair.output), dense.lse.expand_as(pair.lse))
+                caches[own] = cache_of(remainder, _folded(whole), _folded(pair))
+                errors.append(torch.zeros_like(nothing))
+            else:
+                output = caches[own].apply(_folded(pair), age)
+                output = rearrange(output, "b r (h c) d -> b h c r d", h=pair.output.shape[1])
+                errors.append(distance.error(output, self._metric))
+        return torch.stack(errors, -1)
 
     def _projection(self, layer: str) -> Tensor | None:
         if self._modules is None:
@@ -180,6 +315,7 @@ def common_grid(known: TokenGrid | None, grid: TokenGrid) -> TokenGrid:
     return plain
 
 
-def _valid(grid: TokenGrid, query: Tensor) -> Tensor | None:
-    valid = valid_tokens(grid)
-    return valid if valid is None else valid.to(query.device)
+def _folded(pair: RowPair) -> Pair:
+    """The candidates of every head as heads of their own."""
+    output = rearrange(pair.output, "b h c r d -> b r (h c) d")
+    return output, rearrange(pair.lse, "b h c r -> b (h c) r")

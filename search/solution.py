@@ -1,23 +1,35 @@
-"""Solution: the candidates that a budget chooses from evidence, and what is expected of them."""
+"""Solution: a candidate for each head and a schedule, chosen under a budget; what they promise.
+
+For every schedule that may be chosen the candidates of all heads are assigned; the best of these
+assignments wins.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dit_sparse.search.assign import assign, assign_cheapest
+from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.search.assign import SLACK, assign, assign_cheapest
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.evidence import Evidence, Tables
 from dit_sparse.search.timing import Timing
 
 EXAMPLE = 0.4
-"""Density at which a refusal says what could be expected."""
+"""Share of dense attention at which a refusal says what could be expected."""
+
+USUAL = 0.2
+"""Share of the steps that papers run dense first."""
+
+PRICES = 12
+"""Bisections of the price of a byte."""
 
 GENERATED = (
     "a PSNR is held by generating videos, which needs the model: search with search_plan or "
-    "dit-sparse search --model, or ask for a density, an error, a speed-up or a latency"
+    "dit-sparse search --model, or ask for FLOPs, a density, an error, a speed-up or a latency"
 )
 
 
@@ -27,19 +39,21 @@ class Solution:
 
     Args:
         chosen: int64 `[layers, heads]`, numbers of candidates.
-        predicted: `density` (block density, mean over heads) and `error` (mean over layers of the
-            summed errors of their heads).
-        times: where any were measured, `attention` (seconds of the sparse steps' attention
-            relative to dense), `speedup` and `seconds` of a generation.
+        schedule: of the generation.
+        predicted: `flops` and `density` (see `Budget`), `error` (mean over layers and steps of
+            the summed errors of the heads) and `cache_bytes`.
+        times: where any were measured, `attention` (seconds of self-attention relative to dense),
+            `speedup` and `seconds` of a generation.
     """
 
     chosen: Tensor
+    schedule: Schedule
     predicted: dict[str, float]
     times: dict[str, float]
 
 
 def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> Solution:
-    """The assignment of least error within `budget`; for `error`, of least cost.
+    """The schedule and assignment of least error within `budget`; for `error`, of least FLOPs.
 
     Raises:
         ValueError: if no assignment keeps the budget, with the best that can be had; if it asks
@@ -47,25 +61,38 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
     """
     if budget.psnr is not None:
         raise ValueError(GENERATED)
-    if budget.density is not None:
-        chosen = assign(evidence.error, evidence.cost, budget.density)
-    elif budget.error is not None:
-        heads = evidence.error.shape[1]
-        chosen = assign_cheapest(evidence.error, evidence.cost, budget.error / heads)
-    else:
-        chosen = _in_time(evidence, budget, timing)
-    return solution_of(evidence, chosen, timing)
+    if budget.name in ("speedup", "latency") and timing is None:
+        raise ValueError(
+            f"{budget} cannot be predicted: the search measured no times (it needs two steps); "
+            "search again with more steps, or ask for FLOPs, a density or an error"
+        )
+    found: list[Solution] = []
+    for tables in _tables(evidence, budget):
+        chosen = _assigned(evidence, tables, budget, timing)
+        if chosen is not None:
+            found.append(solution_of(evidence, chosen, tables.schedule, timing))
+    if not found:
+        raise ValueError(_refusal(evidence, budget, timing))
+    keys = ("error", "flops") if budget.error is None else ("flops", "error")
+    return min(found, key=lambda each: tuple(each.predicted[key] for key in keys))
 
 
-def solution_of(evidence: Evidence, chosen: Tensor, timing: Timing | None = None) -> Solution:
+def solution_of(
+    evidence: Evidence, chosen: Tensor, schedule: Schedule, timing: Timing | None = None
+) -> Solution:
     """The candidates `chosen`, int64 `[layers, heads]`, with what is expected of them."""
+    tables = evidence.tables(schedule)
+    flops = _mean(tables.flops, chosen)
+    sparse = 1 - tables.dense
     predicted = {
-        "density": _mean(evidence.cost, chosen),
-        "error": _mean(evidence.error, chosen) * chosen.shape[1],
+        "flops": flops,
+        "density": (flops - tables.dense) / sparse if sparse else 1.0,
+        "error": _mean(tables.error, chosen) * chosen.shape[1],
+        "cache_bytes": _picked(tables.bytes, chosen).sum().item(),
     }
     if timing is None:
-        return Solution(chosen, predicted, {})
-    spent = evidence.relative_time.gather(-1, chosen[..., None])[..., 0].double()
+        return Solution(chosen, schedule, predicted, {})
+    spent = _picked(tables.time, chosen)
     # A layer whose heads are all full runs the model's own attention.
     spent[(chosen == evidence.full).all(-1)] = 1.0
     attention = spent.mean().item()
@@ -74,31 +101,102 @@ def solution_of(evidence: Evidence, chosen: Tensor, timing: Timing | None = None
         "speedup": timing.speedup(attention),
         "seconds": timing.seconds(attention),
     }
-    return Solution(chosen, predicted, times)
+    return Solution(chosen, schedule, predicted, times)
 
 
-def _in_time(evidence: Evidence, budget: Budget, timing: Timing | None) -> Tensor:
-    """The assignment of least error that is fast enough end to end."""
-    if timing is None:
-        raise ValueError(
-            f"{budget} cannot be predicted: the search measured no times (it needs two observed "
-            "steps); search again with more steps, or ask for a density or an error"
-        )
+def limit_of(budget: Budget, tables: Tables, timing: Timing | None) -> tuple[Tensor, float]:
+    """The costs that a budget limits, `[layers, heads, candidates]`, and the limit of their
+    mean over heads."""
+    if budget.flops is not None:
+        return tables.flops, budget.flops
+    if budget.density is not None:
+        return tables.flops, tables.dense + (1 - tables.dense) * budget.density
+    if budget.error is not None:
+        return tables.error, budget.error / tables.error.shape[1]
+    assert timing is not None
     asked = timing.dense_seconds / budget.value if budget.speedup is not None else budget.value
-    limit = timing.cost_of(asked)
-    if limit >= 1:
-        return torch.full(evidence.error.shape[:-1], evidence.full)
-    times = evidence.relative_time
-    least = times.amin(-1).double().mean().item()
-    if limit < least:
-        fastest = solution_of(evidence, times.argmin(-1), timing).times
-        reach = f"{fastest['speedup']:.2f}x, {fastest['seconds']:.3g} s"
-        raise ValueError(
+    return tables.time, timing.cost_of(asked)
+
+
+def _tables(evidence: Evidence, budget: Budget) -> list[Tables]:
+    """Of the schedules that a budget may be solved under: all, or for a density, which does not
+    count dense steps, those whose share of them is nearest to the usual fifth."""
+    tables = [evidence.tables(schedule) for schedule in evidence.schedules]
+    if budget.density is None:
+        return tables
+    nearest = min(abs(each.dense - USUAL) for each in tables)
+    return [each for each in tables if abs(each.dense - USUAL) == nearest]
+
+
+def _assigned(
+    evidence: Evidence, tables: Tables, budget: Budget, timing: Timing | None
+) -> Tensor | None:
+    """The best assignment under one schedule; `None` if none keeps the budget."""
+    costs, limit = limit_of(budget, tables, timing)
+    if budget.error is None and limit >= 1:
+        return torch.full(costs.shape[:-1], evidence.full)
+    if _least(costs) > limit * (1 + SLACK):
+        return None
+    if budget.error is not None:
+        return _within_bytes(
+            lambda flops: assign_cheapest(tables.error, flops, limit), tables.flops, tables, budget
+        )
+    return _within_bytes(lambda error: assign(error, costs, limit), tables.error, tables, budget)
+
+
+def _within_bytes(
+    solver: Callable[[Tensor], Tensor], objective: Tensor, tables: Tables, budget: Budget
+) -> Tensor | None:
+    """What `solver` finds for `objective` with the least price on bytes that keeps their limit."""
+    chosen = solver(objective)
+    most = budget.cache_bytes
+    if most is None or _picked(tables.bytes, chosen).sum() <= most:
+        return chosen
+    unit = objective[objective.isfinite()].max() / tables.bytes.max()
+    low, high = -30.0, 10.0
+    kept = solver(objective + unit * 2**high * tables.bytes)
+    if _picked(tables.bytes, kept).sum() > most:
+        return None
+    for _ in range(PRICES):
+        middle = (low + high) / 2
+        chosen = solver(objective + unit * 2**middle * tables.bytes)
+        if _picked(tables.bytes, chosen).sum() > most:
+            low = middle
+        else:
+            high, kept = middle, chosen
+    return kept
+
+
+def _refusal(evidence: Evidence, budget: Budget, timing: Timing | None) -> str:
+    """Why no schedule has an assignment within `budget`, and what can be had."""
+    every = _tables(evidence, budget)
+    if budget.speedup is not None or budget.latency is not None:
+        assert timing is not None
+        fastest = min(_least(tables.time) for tables in every)
+        reach = f"{timing.speedup(fastest):.2f}x, {timing.seconds(fastest):.3g} s"
+        return (
             f"{budget} is out of reach: no plan of this search is faster than {reach}; "
             f"{timing.expectation(EXAMPLE, EXAMPLE)}; ask for less, or run fewer steps dense"
         )
-    return assign(evidence.error, times, limit)
+    if budget.flops is not None:
+        least = min(_least(tables.flops) for tables in every)
+    elif budget.density is not None:
+        least = min((_least(tables.flops) - tables.dense) / (1 - tables.dense) for tables in every)
+    else:
+        least = min(_least(tables.error) for tables in every) * evidence.density.shape[1]
+    return (
+        f"{budget} is out of reach: the least {budget.name} of a plan of this search is "
+        f"{least:.4g}; ask for at least that much"
+    )
+
+
+def _least(costs: Tensor) -> float:
+    return costs.amin(-1).mean().item()
+
+
+def _picked(table: Tensor, chosen: Tensor) -> Tensor:
+    return table.gather(-1, chosen[..., None])[..., 0]
 
 
 def _mean(table: Tensor, chosen: Tensor) -> float:
-    return table.gather(-1, chosen[..., None]).double().mean().item()
+    return _picked(table, chosen).mean().item()

@@ -1,13 +1,15 @@
-"""Candidate: a pattern that a head may run, with what it costs.
+"""Candidate: a pattern that a head may run and what becomes of the rest, with what it costs.
 
 The space is a ladder of densities for every kind of pattern: bands in both orders, boxes of
-several proportions, and the two ends, full and skip. Columns are chosen by looking at a head and
-live in `columns.py`.
+several proportions, blocks found while denoising, and the two ends, full and skip; each with each
+remainder. Columns are chosen by looking at a head and live in `columns.py`. Schedules are the
+third factor, see `course.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -15,12 +17,29 @@ from typing import Literal
 
 import torch
 
-from dit_sparse.kernels.blocks import block_density
+from dit_sparse.kernels.blocks import ABSENT, BlockIndices, block_indices, from_tags
+from dit_sparse.kernels.columns import Columns
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.ranking import Ranking
+from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
+from dit_sparse.kernels.score import Mass
+from dit_sparse.kernels.scored import OrderName, Scored
+from dit_sparse.kernels.scored_blocks import geometry
+from dit_sparse.kernels.select import TopRow
+from dit_sparse.kernels.selection import select_blocks
 
 LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7)
 """Densities at which every kind of pattern is tried."""
+
+REMAINDERS: tuple[Remainder, ...] = (Drop(), Pooled(), Rescale(), Complement())
+"""What is tried with every pattern."""
+
+KINDS = (
+    *(pattern.kind for pattern in (Full, Skip, Band, Neighborhood, Columns, Scored)),
+    *(remainder.kind for remainder in REMAINDERS),
+)
+"""Names by which a search is narrowed."""
 
 SHAPES = {
     "frames": (1.0, 0.0, 0.0),
@@ -38,29 +57,95 @@ STRIDES = (1, 2)
 AXIS_ORDERS: tuple[Literal["raster", "pixel_major"], ...] = ("raster", "pixel_major")
 
 
+FOUND_ORDERS: tuple[OrderName, ...] = ("raster", "gilbert")
+"""Orders in which blocks are found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What is tried on every head: each pattern with each remainder.
+
+    Args:
+        patterns: the same for all heads, full first.
+        column_counts: blocks of keys in the columns that every head has for itself.
+        remainders: dropping first.
+    """
+
+    patterns: tuple[Pattern, ...]
+    column_counts: tuple[int, ...]
+    remainders: tuple[Remainder, ...]
+
+    @property
+    def slots(self) -> int:
+        """Patterns of a head, its columns last."""
+        return len(self.patterns) + len(self.column_counts)
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A pattern and its cost, the block density that a kernel would compute."""
+    """A pattern with what becomes of the pairs that it does not keep."""
 
     pattern: Pattern
-    cost: float
+    remainder: Remainder = Drop()
+
+    def __str__(self) -> str:
+        rest = "" if self.remainder == Drop() else f" with {self.remainder}"
+        return f"{self.pattern}{rest}"
 
 
-def candidates(grid: TokenGrid, block: int) -> tuple[Candidate, ...]:
+def patterns(grid: TokenGrid, block: int, kinds: Collection[str] = KINDS) -> tuple[Pattern, ...]:
     """The patterns to try on every head of a layer with this grid; columns are not among them.
 
     Args:
         grid: of the layer; the valid length of text plays no part.
         block: tokens of a block of queries and of keys.
+        kinds: of `KINDS`, those that may be tried; full always is.
 
     Returns:
-        Different patterns, full and skip first; none but full costs as much as full.
+        Different patterns, full first; none but full computes as much as full.
     """
     plain = replace(grid, valid_text=None)
-    bands = (Band.of_density(d, plain, axis) for axis in AXIS_ORDERS for d in LADDER)
-    patterns = dict.fromkeys((Full(), Skip(), *bands, *_neighborhoods(plain)))
-    priced = [Candidate(pattern, block_density(pattern, plain, block)) for pattern in patterns]
-    return tuple(c for c in priced if c.cost < 1 or c.pattern == Full())
+    bands = [Band.of_density(d, plain, axis) for axis in AXIS_ORDERS for d in LADDER]
+    found = [Scored(Mass(), TopRow(d), order) for order in FOUND_ORDERS for d in LADDER]
+    everything = dict.fromkeys((Skip(), *bands, *_neighborhoods(plain), *found))
+    allowed = [pattern for pattern in everything if pattern.kind in kinds]
+    dense = {p: blocks_like(Candidate(p), plain, block).density().block < 1 for p in allowed}
+    return (Full(), *(pattern for pattern, below in dense.items() if below))
+
+
+def remainders(kinds: Collection[str] = KINDS) -> tuple[Remainder, ...]:
+    """Those of `REMAINDERS` that may be tried; dropping always is."""
+    return tuple(r for r in REMAINDERS if r == Drop() or r.kind in kinds)
+
+
+def check_kinds(kinds: Collection[str]) -> None:
+    """Raise `ValueError` unless all are of `KINDS`."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if isinstance(kinds, str) or unknown:
+        raise ValueError(
+            f"candidates: expected a list of names of {', '.join(KINDS)}, came "
+            f"{kinds if isinstance(kinds, str) else unknown[0]!r}"
+        )
+
+
+def blocks_like(candidate: Candidate, grid: TokenGrid, block: int) -> BlockIndices:
+    """A list for one head of as many blocks as `candidate` visits: its own or, where they are
+    found while denoising, others."""
+    pattern, remainder = candidate.pattern, candidate.remainder
+    pooled = remainder.level if isinstance(remainder, Pooled) else 0
+    if not isinstance(pattern, Scored):
+        return block_indices((pattern,), grid, block_q=block, block_k=block, pooled=pooled)
+    cut = geometry(pattern.order, grid, 1, block)
+    tags = select_blocks(
+        pattern.select, Ranking(torch.ones(1, cut.query_blocks, cut.key_blocks)), cut
+    )
+    tags = tags.masked_fill(tags == ABSENT, pooled) if pooled else tags
+    return from_tags(tags, grid, pattern.order, block, block)
+
+
+def search_cost(pattern: Pattern, block: int) -> float:
+    """FLOPs of finding the blocks of `pattern` once, in those of dense attention."""
+    return pattern.score.cost(block) if isinstance(pattern, Scored) else 0.0
 
 
 def _neighborhoods(grid: TokenGrid) -> list[Neighborhood]:

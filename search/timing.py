@@ -1,7 +1,7 @@
 """Timing: how long a dense generation takes and how much of it is attention, as a search saw it.
 
-From these a plan's time is predicted end to end by Amdahl's law: only the self-attention of the
-sparse steps becomes cheaper.
+From these a plan's time is predicted end to end by Amdahl's law: only self-attention becomes
+cheaper.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ class Timing:
     Args:
         device: name of the device, as calibrations know it.
         steps: denoising steps of a generation.
-        sparse_steps: how many of them the schedule does not run dense.
         seconds_per_step: of a dense denoising step, all guidance branches.
         attention_share: of such a step that is self-attention, in [0, 1].
         seconds_outside: what the generation takes besides: encoding the prompt, decoding.
@@ -31,7 +30,6 @@ class Timing:
 
     device: str
     steps: int
-    sparse_steps: int
     seconds_per_step: float
     attention_share: float
     seconds_outside: float
@@ -47,9 +45,8 @@ class Timing:
         return self.steps * self.seconds_per_step * self.attention_share / self.dense_seconds
 
     def seconds(self, cost: float) -> float:
-        """Of a generation whose sparse steps spend the share `cost` of dense attention."""
-        attention = self.sparse_steps * self.seconds_per_step * self.attention_share
-        return self.dense_seconds - attention * (1 - cost)
+        """Of a generation whose self-attention costs the share `cost` of a dense one's."""
+        return self.dense_seconds - self._attention * (1 - cost)
 
     def speedup(self, cost: float) -> float:
         """Of such a generation over the dense one."""
@@ -58,21 +55,26 @@ class Timing:
     def cost_of(self, seconds: float) -> float:
         """The share of dense attention that leaves a generation `seconds`; below 0 if no share
         is that fast."""
-        attention = self.sparse_steps * self.seconds_per_step * self.attention_share
-        if not attention:
+        if not self._attention:
             return 1.0 if seconds >= self.dense_seconds else -1.0
-        return 1 - (self.dense_seconds - seconds) / attention
+        return 1 - (self.dense_seconds - seconds) / self._attention
 
-    def expectation(self, density: float, cost: float) -> str:
-        """What a person can expect of a plan of `density` that costs `cost` of dense attention."""
+    @property
+    def _attention(self) -> float:
+        """Seconds of self-attention in the dense generation."""
+        return self.steps * self.seconds_per_step * self.attention_share
+
+    def expectation(self, flops: float, cost: float) -> str:
+        """What a person can expect of a plan that computes `flops` of dense attention, in `cost`
+        of its time."""
         return (
-            f"attention is {self.share:.0%} of this run; at density {density:.2g} expect at most "
-            f"{self.speedup(cost):.2f}x"
+            f"attention is {self.share:.0%} of this run; at {flops:.2g} of its FLOPs expect at "
+            f"most {self.speedup(cost):.2f}x"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What a plan keeps of it: everything but the steps that its schedule makes sparse."""
-        return {name: value for name, value in asdict(self).items() if name != "sparse_steps"}
+        """What a plan keeps of it."""
+        return asdict(self)
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Self | None:
@@ -85,12 +87,10 @@ class Timing:
         if kept is None:
             return None
         try:
-            steps = range(kept["steps"])
-            sparse = sum(not plan.schedule.dense(step, len(steps)) for step in steps)
-            timing = cls(**{**kept, "sparse_steps": sparse})
+            timing = cls(**kept)
             sound = timing.seconds_per_step > 0 and timing.seconds_outside >= 0
             sound = sound and 0 <= timing.attention_share <= 1
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise ValueError(f"the plan's timing is incomplete ({error}); search again") from error
         if not sound:
             raise ValueError(f"the plan's timing is impossible ({kept}); search again")
@@ -142,21 +142,19 @@ class StepTimes:
         """Of one dense attention call; `None` if no step was timed."""
         return median(self._attention) / self._calls if self._attention and self._calls else None
 
-    def to_dict(self, steps: int) -> dict[str, Any] | None:
+    def dense(self, steps: int) -> Timing | None:
         """What was measured, for a generation of `steps`; `None` if no step was timed."""
         if not self._steps or self._outside is None:
             return None
         step = median(self._steps)
         share = min(1.0, median(self._attention) / step)
         device = device_name(self.stopwatch.device)
-        return Timing(device, steps, 0, step, share, self._outside).to_dict()
+        return Timing(device, steps, step, share, self._outside)
 
 
 def timing_note(plan: Plan) -> str | None:
     """The end-to-end expectation of a plan; `None` if its search measured no times."""
     timing, predicted = Timing.of_plan(plan), plan.predicted
-    if timing is None or "density" not in predicted:
+    if timing is None or "flops" not in predicted:
         return None
-    return timing.expectation(
-        predicted["density"], predicted.get("attention", predicted["density"])
-    )
+    return timing.expectation(predicted["flops"], predicted.get("attention", predicted["flops"]))

@@ -1,0 +1,186 @@
+"""Course: what a head does at every denoising step under one schedule.
+
+    dense, dense, renew, reuse, reuse, renew, reuse, ...
+
+From it follow what a candidate computes over a whole generation, and at which steps, and how long
+after the last renewal, it errs. It mirrors `pipelines.group_attention`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.pattern import OnlinePattern, Pattern
+from dit_sparse.kernels.remainder import Remainder
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.pipelines.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What a candidate keeps from step to step, which decides its course.
+
+    Args:
+        blocks: blocks that it finds while denoising.
+        lse: finds them from the LSE of dense attention.
+        cache: of a remainder.
+    """
+
+    blocks: bool
+    lse: bool
+    cache: bool
+
+    @classmethod
+    def of(cls, pattern: Pattern, remainder: Remainder) -> Keeping:
+        """That of a pattern with a remainder."""
+        lse = isinstance(pattern, Scored) and pattern.score.needs_lse
+        return cls(isinstance(pattern, OnlinePattern), lse, remainder.cached)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """Of one head over a generation.
+
+    Args:
+        steps: denoising steps of the generation.
+        dense: passes of dense attention.
+        sparse: passes over the blocks.
+        searches: how often blocks are found.
+        errs: (step, age) of the steps whose output is not dense attention's: the age is the
+            number of steps since what is kept was renewed, 0 if nothing is.
+    """
+
+    steps: int
+    dense: int
+    sparse: int
+    searches: int
+    errs: tuple[tuple[int, int], ...]
+
+    def cost(self, density: Tensor, search: Tensor) -> Tensor:
+        """Share of the attention of a dense generation that is computed, for a sparse pass of
+        `density` and a search of cost `search`, both in those of dense attention."""
+        return (self.dense + self.searches * search + self.sparse * density) / self.steps
+
+
+def course(keeping: Keeping, schedule: Schedule, steps: int) -> Course:
+    """What a head that keeps `keeping` does under `schedule`.
+
+    Raises:
+        ValueError: if the schedule depends on noise levels or on recall, which are known only
+            while denoising.
+    """
+    if schedule.sigma_above is not None or schedule.recall is not None:
+        raise ValueError(
+            f"a search needs a schedule that is known beforehand, came {schedule}; give counts of "
+            "dense steps and a period, without sigma_above and recall"
+        )
+    dense = sparse = searches = 0
+    last: int | None = None
+    errs: list[tuple[int, int]] = []
+    for step in range(steps):
+        if schedule.dense(step, steps):
+            dense += 1
+            continue
+        renews = (keeping.blocks or keeping.cache) and schedule.renews(step, last)
+        exact = renews and (keeping.cache or (keeping.lse and last is None))
+        searches += renews and keeping.blocks
+        dense += exact
+        sparse += not exact or keeping.cache
+        last = step if renews else last
+        if not exact:
+            errs.append((step, 0 if last is None else step - last))
+    return Course(steps, dense, sparse, searches, tuple(errs))
+
+
+@dataclass(frozen=True, slots=True)
+class Sightings:
+    """At which steps a search looks: at each of `anchors`, ascending, something is renewed, and
+    looked at again `ages` steps later, the first of which is 0.
+
+    Errors between are interpolated, first by age, then by the step of the renewal; beyond the
+    ends they are those of the ends.
+    """
+
+    steps: int
+    anchors: tuple[int, ...]
+    ages: tuple[int, ...]
+
+    def at(self, step: int) -> tuple[tuple[int, int], ...]:
+        """What is looked at in `step`: numbers of the anchor and of the age."""
+        return tuple(
+            (i, j)
+            for i, anchor in enumerate(self.anchors)
+            for j, age in enumerate(self.ages)
+            if anchor + age == step
+        )
+
+    @property
+    def last(self) -> int:
+        """The last step that is looked at."""
+        return max(step for step in range(self.steps) if self.at(step))
+
+    def weights(self, course: Course) -> Tensor:
+        """How much each sighting counts in the mean error of `course` over its steps, float64
+        `[anchors, ages]`. Steps are carried over as shares of the generation."""
+        stretch = self.steps / course.steps
+        total = torch.zeros(len(self.anchors), len(self.ages), dtype=torch.double)
+        for step, age in course.errs:
+            anchor = _between(self.anchors, (step - age) * stretch)
+            total += torch.outer(anchor, _between(self.ages, age * stretch))
+        return total / course.steps
+
+
+def sightings(steps: int, schedules: tuple[Schedule, ...], anchors: int) -> Sightings:
+    """Where to look in a generation of `steps` that may run any of `schedules`: `anchors` steps,
+    spread over those that are sparse under one of them, from the first on.
+
+    Raises:
+        ValueError: if no step is sparse under any of the schedules.
+    """
+    if anchors < 1:
+        raise ValueError(f"anchors must be at least 1, came {anchors}")
+    known = [course(Keeping(False, False, False), schedule, steps) for schedule in schedules]
+    sparse = sorted({step for each in known for step, _ in each.errs})
+    if not sparse:
+        raise ValueError(
+            f"the schedule keeps {schedules[0].dense_first} first and {schedules[0].dense_last} "
+            f"last steps dense, so none of {steps} runs sparse; use more steps or fewer dense ones"
+        )
+    count = min(anchors, len(sparse))
+    places = tuple(sparse[part * len(sparse) // count] for part in range(count))
+    span = sparse[-1] - sparse[0]
+    # 0, 1, 3, 7, ...: what is kept grows stale fast at first.
+    ages = tuple(2**power - 1 for power in range(span.bit_length() + 1) if 2**power - 1 <= span)
+    return Sightings(steps, places, ages)
+
+
+def schedules(steps: int) -> tuple[Schedule, ...]:
+    """The schedules that a search chooses from: from a twentieth to two fifths of the steps dense
+    first, and renewals from every second step to none."""
+    firsts = dict.fromkeys(max(1, round(share * steps)) for share in (0.05, 0.1, 0.15, 0.2, 0.3))
+    periods = dict.fromkeys(max(2, round(share * steps)) for share in (0.1, 0.15, 0.2, 0.3, 0.45))
+    return tuple(
+        Schedule(dense_first=first, renew_every=period)
+        for first in firsts
+        if first < steps
+        for period in (0, *periods)
+    )
+
+
+def _between(places: tuple[int, ...], at: float) -> Tensor:
+    """Weights of a piecewise linear interpolation at `at`, float64 `[places]`."""
+    weights = torch.zeros(len(places), dtype=torch.double)
+    if at <= places[0]:
+        weights[0] = 1
+        return weights
+    for index, (left, right) in enumerate(itertools.pairwise(places)):
+        if at <= right:
+            share = (at - left) / (right - left)
+            weights[index], weights[index + 1] = 1 - share, share
+            return weights
+    weights[-1] = 1
+    return weights
