@@ -34,6 +34,7 @@ from dit_sparse.options import (
     grid_of,
     prompts_of,
 )
+from dit_sparse.search_command import search
 from dit_sparse.simulate_command import simulate
 from dit_sparse.terminal import (
     output,
@@ -83,93 +84,6 @@ def demo(
     print_comparison(result.comparison, json_output)
     for path in result.files:
         say(f"wrote {path}")
-
-
-@app.command()
-def search(
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="What the plan may spend or must keep: density=0.3, error=0.05, speedup=1.5, "
-            "latency=60 (seconds) or psnr=30 (dB).",
-        ),
-    ],
-    out: OutOption,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of a diffusers pipeline.")
-    ] = None,
-    prompts: PromptsOption = None,
-    from_plan: Annotated[
-        str | None,
-        typer.Option("--from", metavar="PLAN", help="Solve this plan's evidence, search nothing."),
-    ] = None,
-    dense_first: Annotated[
-        int | None, typer.Option(min=0, help="First denoising steps that stay dense.")
-    ] = None,
-    dense_last: Annotated[int, typer.Option(min=0, help="Last steps that stay dense.")] = 0,
-    block: Annotated[int, typer.Option(min=1, help="Tokens of a query or key block.")] = 64,
-    overwrite: OverwriteOption = False,
-    steps: StepsOption = None,
-    seed: SeedOption = 0,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    frames: FramesOption = None,
-    guidance: GuidanceOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Find a pattern for every head under a budget and write the plan."""
-    from dit_sparse.plan_summary import plan_summary
-    from dit_sparse.runs import prepare_folder
-    from dit_sparse.search.budget import parse_budget
-
-    limit = parse_budget(budget)
-    if from_plan is not None and (model is not None or prompts is not None):
-        raise typer.BadParameter("--from solves a plan's evidence; leave --model and --prompts")
-    if from_plan is None and model is None:
-        raise typer.BadParameter("give --model DIR, or --from PLAN to search nothing")
-    _refuse_existing(out / "plan.json", overwrite)
-    if from_plan is not None:
-        from dit_sparse.search.driver import resolve
-
-        found = resolve(_plan(from_plan), limit)
-    else:
-        from dit_sparse.generate import check
-        from dit_sparse.pipelines.schedule import Schedule
-        from dit_sparse.search.driver import search_plan
-
-        assert model is not None
-        asked = prompts_of(prompts, None)
-        if any(prompt.seed is not None or prompt.negative_text for prompt in asked):
-            say("note: the search uses the prompts alone, not their seeds and negative prompts")
-        session = _session(
-            model, steps=steps, seed=seed, height=height, width=width, frames=frames,
-            guidance=guidance, dtype=dtype, device=device,
-        )  # fmt: skip
-        settings = session.settings
-        check(session.pipe, settings, None)
-        prepare_folder(out)
-        first = settings.steps // 5 if dense_first is None else dense_first
-        with progress("search") as on_step:
-            found = search_plan(
-                session.pipe,
-                [prompt.text for prompt in asked],
-                limit,
-                steps=settings.steps,
-                seed=settings.seed,
-                height=settings.height,
-                width=settings.width,
-                frames=settings.frames,
-                guidance=settings.guidance,
-                schedule=Schedule(dense_first=first, dense_last=dense_last),
-                block=block,
-                progress=on_step,
-            )
-    found.save_pretrained(prepare_folder(out))
-    print_plan(plan_summary(found), json_output)
-    say(f"wrote {out}")
 
 
 @app.command()
@@ -260,7 +174,7 @@ def compare(
     from dit_sparse.comparison import compare as run
     from dit_sparse.comparison import write_comparison, write_videos
     from dit_sparse.generate import check
-    from dit_sparse.runs import prepare_folder
+    from dit_sparse.runs import prepare_folder, refuse_existing
 
     asked = prompts_of(prompts, prompt)
     if not plan and presets is None:
@@ -268,7 +182,7 @@ def compare(
     plans = {_name(source): _plan(source) for source in plan or ()}
     if len(plans) < len(plan or ()):
         raise ValueError("two of the plans have the same folder name; rename one")
-    _refuse_existing(out / "comparison.json", overwrite)
+    refuse_existing(out / "comparison.json", overwrite)
     session = _session(
         model, steps=steps, seed=seed, height=height, width=width, frames=frames,
         guidance=guidance, dtype=dtype, device=device, backend=backend,
@@ -356,6 +270,7 @@ def env(json_output: JsonOption = False) -> None:
     output().print(environment_table(values))
 
 
+app.command()(search)
 app.command()(simulate)
 app.command()(bench)
 
@@ -389,8 +304,3 @@ def _plan(source: str | Path) -> "Plan":
 
 def _name(source: str) -> str:
     return Path(source).resolve().name
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already; choose another --out or give --overwrite")

@@ -17,10 +17,12 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class HeadSummary:
-    """One head: its pattern, spelled out, and its block density at the grid (None without)."""
+    """One head: its pattern and remainder, spelled out, and its block density at the grid (None
+    without)."""
 
     kind: str
     pattern: str
+    remainder: str
     density: float | None
 
 
@@ -60,13 +62,7 @@ class PlanSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values under the names of the command line's contract."""
-        heads = {
-            layer: [
-                {"kind": head.kind, "pattern": head.pattern, "density": head.density}
-                for head in row
-            ]
-            for layer, row in self.layers.items()
-        }
+        heads = {layer: [asdict(head) for head in row] for layer, row in self.layers.items()}
         return {
             "digest": self.digest,
             "model": self.model,
@@ -99,7 +95,10 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
         digest=plan.digest,
         model={name: fingerprint.transformer for name, fingerprint in plan.model.items()},
         layers={
-            layer: tuple(_head(pattern, density.get(pattern)) for pattern in patterns)
+            layer: tuple(
+                HeadSummary(pattern.kind, str(pattern), str(rest), _block(density.get(pattern)))
+                for pattern, rest in zip(patterns, plan.remainders_of(layer), strict=True)
+            )
             for layer, patterns in plan.assignment.items()
         },
         patterns={kind: count / len(heads) for kind, count in kinds.most_common()},
@@ -131,8 +130,8 @@ def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
     }
 
 
-def _head(pattern: Pattern, density: Density | None) -> HeadSummary:
-    return HeadSummary(pattern.kind, str(pattern), None if density is None else density.block)
+def _block(density: Density | None) -> float | None:
+    return None if density is None else density.block
 
 
 def _mean(densities: list[Density | None]) -> dict[str, float] | None:

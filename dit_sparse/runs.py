@@ -138,6 +138,12 @@ def read_frames(folder: str | Path) -> Frames:
     return read_video(Path(folder) / "frames.mkv")
 
 
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise `ValueError` if a file would be replaced that may not be."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already; choose another --out or give --overwrite")
+
+
 def prepare_folder(out: str | Path) -> Path:
     """Make an output folder and make sure that it can be written to.
 

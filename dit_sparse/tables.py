@@ -9,7 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dit_sparse.comparison import Comparison
-    from dit_sparse.plan_summary import PlanSummary
+    from dit_sparse.plan_summary import HeadSummary, PlanSummary
     from dit_sparse.search.choices import Choices, Option
 
 HEADS_SHOWN = 6  # wider layers are counted by kind, not listed
@@ -61,7 +61,7 @@ def plan_table(summary: "PlanSummary") -> Group:
         for head in range(heads):
             table.add_column(f"head {head}")
         for layer, row in summary.layers.items():
-            table.add_row(layer, *(_cell(head.pattern, head.density) for head in row))
+            table.add_row(layer, *(_cell(head) for head in row))
     else:
         for kind in summary.patterns:
             table.add_column(kind, justify="right")
@@ -244,8 +244,10 @@ def environment_table(values: dict[str, Any]) -> Group:
     return Group(*lines, table, *states)
 
 
-def _cell(pattern: str, density: float | None) -> str:
-    return pattern if density is None else f"{pattern}  {density:.2f}"
+def _cell(head: "HeadSummary") -> str:
+    rest = "" if head.remainder == "drop" else f" with {head.remainder}"
+    density = "" if head.density is None else f"  {head.density:.2f}"
+    return f"{head.pattern}{rest}{density}"
 
 
 def _option(option: "Option") -> tuple[str, str, str]:

@@ -74,11 +74,14 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(what: str, rounds: int = 1) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error: steps done in this round, and which of the rounds it is."""
+    """A bar on standard error: steps done in this round, and which of the rounds it is; the time
+    that has passed and what remains of the round."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    columns = (*columns, Remaining())
     finished = 0
 
     def advance(done: int, total: int) -> None:

@@ -43,7 +43,7 @@ class Choices:
     """The choices of all heads.
 
     Args:
-        cost: what costs are: `"flops"` or `"time"`, over a generation, relative to dense attention.
+        cost: what costs are: `"flops"` or `"time"` of a generation, relative to dense attention.
         price: error that one unit of a head's cost is worth at the plan's mean cost.
         layers: the heads of each layer.
         curve: (mean cost, error) of the best assignments, the cheapest first; errors as in

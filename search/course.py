@@ -158,15 +158,17 @@ def sightings(steps: int, schedules: tuple[Schedule, ...], anchors: int) -> Sigh
     return Sightings(steps, places, ages)
 
 
-def schedules(steps: int) -> tuple[Schedule, ...]:
-    """The schedules that a search chooses from: from a twentieth to two fifths of the steps dense
-    first, and renewals from every second step to none."""
-    firsts = dict.fromkeys(max(1, round(share * steps)) for share in (0.05, 0.1, 0.15, 0.2, 0.3))
+def schedules(steps: int, dense_first: int | None = None) -> tuple[Schedule, ...]:
+    """The schedules that a search chooses from: from a twentieth to three tenths of the steps
+    dense first, or `dense_first` of them; renewals from every second step to none."""
+    shares = (0.05, 0.1, 0.15, 0.2, 0.3)
+    firsts = dict.fromkeys(max(1, round(share * steps)) for share in shares)
+    firsts = firsts if dense_first is None else {dense_first: None}
     periods = dict.fromkeys(max(2, round(share * steps)) for share in (0.1, 0.15, 0.2, 0.3, 0.45))
     return tuple(
         Schedule(dense_first=first, renew_every=period)
         for first in firsts
-        if first < steps
+        if first < steps or dense_first is not None
         for period in (0, *periods)
     )
 
