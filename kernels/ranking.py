@@ -1,7 +1,7 @@
 """Ranking: the share of its attention that each block of queries is expected to give each block of
 keys, and the pairs of blocks that are visited whatever their share.
 
-    Mass     sum over rows, keys of exp(s - lse)
+    Mass     sum over rows, keys of exp(s - lse); Oracle the same of all rows
     Sampled  max over rows i of exp(r[i, j] - max over j of r[i, j]),  r[i, j] = max over keys of s
     Random   a number from a generator of its own
     Checked  a cheap score, and for heads where one row of each block says otherwise, Mass
@@ -21,7 +21,7 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.sample import sampled
-from dit_sparse.kernels.score import Checked, Mass, Means, Random, Sampled, Score
+from dit_sparse.kernels.score import Checked, Mass, Means, Oracle, Random, Sampled, Score
 from dit_sparse.kernels.tiling import Tiling, real_tokens
 
 _AT_ONCE = 1 << 24  # logits held in one step
@@ -59,8 +59,8 @@ def score_blocks(
             dtype.
         blocks: where the tokens are cut into blocks, and which text is padded.
         scale: factor of the logits, defaults to `head_dim ** -0.5`.
-        lse: of dense attention over the real keys, float32 `[batch, heads, tokens]`; only a mass
-            takes one.
+        lse: of dense attention over the real keys, float32 `[batch, heads, tokens]`; of the
+            same step for an oracle. Scores that need none do not look at it.
     """
     if query.ndim != 4 or query.shape != key.shape or query.shape[1] != blocks.grid.tokens:
         raise ValueError(
@@ -83,6 +83,9 @@ def score_blocks(
         case Mass():
             assert lse is not None
             return Ranking(_of_mass(score, query, key, lse, blocks, factor))
+        case Oracle():
+            assert lse is not None
+            return Ranking(_of_mass(Mass(rows=None), query, key, lse, blocks, factor))
         case Checked():
             assert lse is not None
             return _checked(score, query, key, lse, blocks, factor)

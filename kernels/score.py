@@ -34,6 +34,24 @@ class Mass:
 
 
 @dataclass(frozen=True, slots=True)
+class Oracle:
+    """Attention that a block of keys gets at the very step, from a dense pass for every search.
+
+    Dearer than dense attention: what the blocks could be worth if finding them took nothing.
+    """
+
+    kind: ClassVar[str] = "oracle"
+    needs_lse: ClassVar[bool] = True
+
+    def cost(self, block: int) -> float:
+        """FLOPs in those of dense attention, beside the dense pass."""
+        return Mass(rows=None).cost(block)
+
+    def __str__(self) -> str:
+        return "oracle"
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """The largest logit between sampled queries and sampled keys.
 
@@ -136,4 +154,4 @@ class Checked:
         return f"{self.cheap} checked to {self.bound:g}"
 
 
-Score = Mass | Sampled | Means | Random | Checked
+Score = Mass | Sampled | Means | Random | Checked | Oracle

@@ -3,7 +3,8 @@
     renewing   dense pass (if a score or a cache needs one) -> blocks -> cache
     reusing    sparse pass over the blocks found last, then the remainder's cache
 
-A group that needs a dense pass returns the dense output at that step.
+A group that needs a dense pass returns the dense output at that step, unless its score is an
+oracle, which may know dense attention and not show it.
 """
 
 from collections.abc import Collection
@@ -25,16 +26,18 @@ from dit_sparse.pipelines.stopwatch import Stopwatch
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in a generation a call stands: guidance branch, layer, group of heads, step."""
+    """Where in a generation a call stands: guidance branch, layer, group of heads, step; and the
+    number of the layer among those that renew."""
 
     branch: str
     layer: str
     group: int
     step: int
+    number: int = 0
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """All but the step."""
+        """What stays the same from step to step."""
         return self.branch, self.layer, self.group
 
 
@@ -95,23 +98,23 @@ class GroupAttention:
             ValueError: a pattern refuses the grid.
         """
         last, kept = self.memory.found.get(self._owner(place)), self.memory.kept.get(place.key)
-        search = group.found and self._search_due(last, operands, place.step)
-        renew = group.remainder.cached and self._cache_due(kept, last, search, place.step)
+        search = group.found and self._search_due(last, operands, place)
+        renew = group.remainder.cached and self._cache_due(kept, last, search, place)
         dense = None
-        if renew or (search and last is None and group.needs_lse):
+        if renew or (search and group.needs_lse and (last is None or group.oracle)):
             dense = self._pass(operands, self._lists.full(len(group.heads), grid))
         if search:
             last = self._search(group, operands, grid, place.step, last, dense)
             self.memory.find(self._owner(place), last)
         parts = self._lists.analytic(group, grid) if last is None else last.parts
         flops = float(dense is not None) + search * group.search_cost(grid, self._lists.block)
-        if dense is not None and not renew:
+        if dense is not None and not renew and not group.oracle:
             return Computed(dense[0], DENSE, flops, dense=True)
         sparse = self._pass(operands, parts)
         density = mean_density([(part.density, len(part.heads)) for part in parts])
         flops += density.weighted
         with self.stopwatch.stretch("remainder", sparse[0].device):
-            if dense is not None:
+            if dense is not None and renew:
                 cache = cache_of(group.cached, dense, sparse)
                 self.memory.keep(place.key, Kept(place.step, cache))
                 return Computed(dense[0], DENSE, flops, dense=True)
@@ -125,23 +128,25 @@ class GroupAttention:
         branch = None if self._schedule.share_branches else place.branch
         return branch, place.layer, place.group
 
-    def _search_due(self, last: Found | None, operands: Operands, step: int) -> bool:
-        if last is None or self._schedule.renews(step, last.step):
+    def _search_due(self, last: Found | None, operands: Operands, place: Place) -> bool:
+        if last is None or self._schedule.renews(place.step, last.step, place.number):
             return True
-        if last.recall is None or self._schedule.recall is None or step == last.step:
+        if last.recall is None or self._schedule.recall is None or place.step == last.step:
             return False
         with self.stopwatch.stretch("search", operands.query.device):
             recall = self._recall(operands, last.parts)
         return recall < self._schedule.recall * last.recall
 
-    def _cache_due(self, kept: Kept | None, last: Found | None, search: bool, step: int) -> bool:
+    def _cache_due(
+        self, kept: Kept | None, last: Found | None, search: bool, place: Place
+    ) -> bool:
         if kept is None:
             return True
         if kept.cache is None:
             return False
         # A cache complements the blocks that it was taken with.
         replaced = last is not None and last.step > kept.step
-        return search or replaced or self._schedule.renews(step, kept.step)
+        return search or replaced or self._schedule.renews(place.step, kept.step, place.number)
 
     def _search(
         self,
@@ -159,7 +164,7 @@ class GroupAttention:
             parts = self._lists.found(group, operands, grid, lse)
             watched = group.scored is not None and self._schedule.recall is not None
             recall = self._recall(operands, parts) if watched else None
-        again = self._schedule.renews_again
+        again = self._schedule.renews_again and not group.oracle
         return Found(step, parts, lse if again else None, recall)
 
     def _recall(self, operands: Operands, parts: tuple[Part, ...]) -> float:

@@ -7,6 +7,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Choice, Full, OnlinePattern, Pattern
 from dit_sparse.kernels.remainder import Cached, Drop, Pooled, Remainder
+from dit_sparse.kernels.score import Oracle
 from dit_sparse.kernels.scored import Scored
 
 
@@ -53,6 +54,11 @@ class HeadGroup:
     def needs_lse(self) -> bool:
         """Whether the score is taken from the LSE of dense attention."""
         return self.scored is not None and self.scored.score.needs_lse
+
+    @property
+    def oracle(self) -> bool:
+        """Whether every search has a dense pass of its own."""
+        return self.scored is not None and isinstance(self.scored.score, Oracle)
 
     @property
     def renewed(self) -> bool:

@@ -48,6 +48,10 @@ class SparseAttentionHook:
             layer: head_groups(heads, plan.remainders_of(layer))
             for layer, heads in plan.assignment.items()
         }
+        renewing = (
+            layer for layer, groups in self._groups.items() if any(g.renewed for g in groups)
+        )
+        self._numbers = {layer: number for number, layer in enumerate(renewing)}
         distinct = {group for groups in self._groups.values() for group in groups}
         self._attention = GroupAttention(
             distinct, plan.schedule, plan.block, backend, plan.cache_limit
@@ -138,7 +142,8 @@ class SparseAttentionHook:
             operands = Operands(
                 call.query[:, :, heads], call.key[:, :, heads], call.value[:, :, heads], call.scale
             )
-            place = Place(moment.branch, site.name, number, moment.step or 0)
+            turn = self._numbers.get(site.name, 0)
+            place = Place(moment.branch, site.name, number, moment.step or 0, turn)
             try:
                 computed = self._attention(group, place, operands, grid)
             except ValueError as error:

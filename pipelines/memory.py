@@ -67,7 +67,12 @@ class Memory:
         self.peak = max(self.peak, self.bytes)
 
     def keep(self, key: Hashable, kept: Kept) -> None:
-        """Remember a cache, and drop those that lose least while there are too many bytes."""
+        """Remember a cache, and drop those that lose least while there are too many bytes.
+
+        Of caches of one size those that lose most are left in the end, whatever order they come
+        in. Of several sizes, all that fit together counting down from the largest loss are; the
+        room that the next one is too large for goes to smaller ones that came after it.
+        """
         self.kept[key] = kept
         while self.limit is not None and self._cached() > self.limit:
             losses = {k: float(v.cache.loss) for k, v in self.kept.items() if v.cache is not None}

@@ -23,6 +23,7 @@ from dit_sparse.kernels.pattern import (
     pattern_to_dict,
 )
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
+from dit_sparse.kernels.score import Oracle
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
@@ -216,7 +217,8 @@ class Plan:
             head_dim = self.model[layer.partition(".")[0]].head_dim
             for pattern, remainder in zip(patterns, self.remainders_of(layer), strict=True):
                 caches += cache_bytes(remainder, batch, grid.tokens, 1, head_dim)
-                if isinstance(pattern, Scored) and pattern.score.needs_lse:
+                score = pattern.score if isinstance(pattern, Scored) else None
+                if score is not None and score.needs_lse and not isinstance(score, Oracle):
                     lses += self.schedule.renews_again * batch * grid.tokens * LSE_BYTES
         return lses + (caches if self.cache_limit is None else min(caches, self.cache_limit))
 

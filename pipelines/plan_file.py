@@ -3,7 +3,7 @@
     format, version   "dit_sparse.plan", 1
     model             {component: {transformer, layers, heads, head_dim, config}}
     schedule          {dense_first, dense_last, sigma_above, renew_every, renew_at, recall,
-                       share_branches}
+                       share_branches, stagger where it is true}
     grid              [frames, height, width] of the search, or null
     block             tokens of a query block and of a key block
     patterns          [{kind, ...}, ...]      every pattern of the plan once
@@ -33,7 +33,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,6 +70,12 @@ class ScheduleEntry(_Strict):
     renew_at: tuple[NonNegativeInt, ...]
     recall: float | None
     share_branches: bool
+    stagger: bool = False
+
+    @model_serializer(mode="wrap")
+    def _lasting(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Plans from before there was a stagger keep their digest.
+        return {name: value for name, value in dump(self).items() if name != "stagger" or value}
 
 
 class PlanFile(_Strict):

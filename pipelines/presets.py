@@ -20,7 +20,7 @@ from dit_sparse.kernels.pattern import (
 )
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
 from dit_sparse.kernels.scaling import at_density, at_grid
-from dit_sparse.kernels.score import Mass, Means, Random, Sampled
+from dit_sparse.kernels.score import Mass, Means, Oracle, Random, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Tiers, TopRow
 from dit_sparse.pipelines.schedule import Schedule
@@ -211,10 +211,18 @@ COMBINATIONS: dict[str, Preset] = {
         Schedule(dense_first=10),
     ),
     "mass-each-step": Preset(
-        "a baseline: the blocks of most attention, found anew at every step",
+        "a baseline: the blocks of most attention by the LSE of the first sparse step, found anew "
+        "at every step",
         WAN,
         50,
         Scored(Mass(rows=None), TopRow(0.2)),
+        Schedule(dense_first=10, renew_every=1),
+    ),
+    "oracle": Preset(
+        "a baseline: the blocks of most attention of every step, told by a dense pass of its own",
+        WAN,
+        50,
+        Scored(Oracle(), TopRow(0.2)),
         Schedule(dense_first=10, renew_every=1),
     ),
     "random+complement": Preset(

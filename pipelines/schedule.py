@@ -6,7 +6,15 @@
             dense     renew   reuse     renew   reuse
 
 A layer renews at its first step that is not dense, and whenever the schedule says so from then
-on: scored patterns choose their blocks anew, remainders take their caches anew.
+on: scored patterns choose their blocks anew, remainders take their caches anew. Staggered, the
+layers take turns from then on, so that the dense passes do not all fall into one step:
+
+    Schedule(dense_first=4, renew_every=3, stagger=True)
+
+    step              4       5       6       7       8       9       10 ...
+    layers 0, 3, 6    renew                   renew                   renew
+    layers 1, 4, 7    renew   renew                   renew
+    layers 2, 5, 8    renew           renew                   renew
 """
 
 from dataclasses import dataclass
@@ -33,6 +41,9 @@ class Schedule:
             few rows at every step.
         share_branches (`bool`, defaults to False): one guidance branch uses the blocks that the
             other found at the same step. Caches stay apart.
+        stagger (`bool`, defaults to False): layer l of those that renew does so `l mod
+            renew_every` steps after layer 0. The turns stay where they are when something else,
+            `renew_at` or `recall`, renews a layer in between.
     """
 
     dense_first: int = 0
@@ -42,6 +53,7 @@ class Schedule:
     renew_at: tuple[int, ...] = ()
     recall: float | None = None
     share_branches: bool = False
+    stagger: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dense_first", "dense_last", "renew_every"):
@@ -52,6 +64,11 @@ class Schedule:
             raise ValueError(f"sigma_above: expected a noise level > 0, came {self.sigma_above!r}")
         if self.recall is not None and not 0 < self.recall <= 1:
             raise ValueError(f"recall: expected a share in (0, 1], came {self.recall!r}")
+        if self.stagger and not self.renew_every:
+            raise ValueError(
+                "stagger: expected renew_every > 0, came 0, so no layer has a turn; set "
+                "renew_every, or leave stagger out"
+            )
 
     @property
     def always_sparse(self) -> bool:
@@ -73,19 +90,26 @@ class Schedule:
         loud = self.sigma_above is not None and sigma is not None and sigma > self.sigma_above
         return loud or step < self.dense_first or step >= steps - self.dense_last
 
-    def renews(self, step: int, last: int | None) -> bool:
-        """Whether a layer that renewed at step `last` (`None`: not yet) renews at `step`."""
+    def renews(self, step: int, last: int | None, layer: int = 0) -> bool:
+        """Whether layer number `layer` that renewed at step `last` (`None`: not yet) renews at
+        `step`."""
         if last is None:
             return True
-        due = self.renew_every > 0 and step - last >= self.renew_every
-        return due or any(last < at <= step for at in self.renew_at)
+        if any(last < at <= step for at in self.renew_at):
+            return True
+        if not self.stagger:
+            return self.renew_every > 0 and step - last >= self.renew_every
+        first = self.dense_first + layer
+        # A turn that fell on a skipped step lies between `last` and `step` all the same.
+        return (step - first) // self.renew_every > (last - first) // self.renew_every
 
     def __str__(self) -> str:
         parts = [f"the first {self.dense_first} and the last {self.dense_last} steps dense"]
         if self.sigma_above is not None:
             parts.append(f"dense above noise level {self.sigma_above:g}")
         if self.renew_every:
-            parts.append(f"renewed every {self.renew_every} steps")
+            turns = ", layers in turn" if self.stagger else ""
+            parts.append(f"renewed every {self.renew_every} steps{turns}")
         if self.renew_at:
             parts.append(f"renewed at {', '.join(map(str, self.renew_at))}")
         if self.recall is not None:

@@ -3,6 +3,7 @@
     python samples/quality.py search      # once: samples/plans/moving-shapes-d50, -d30, -d20
     python samples/quality.py compare     # samples/quality/comparison.json and table.md
     python samples/quality.py presets     # the same in samples/quality/presets/
+    python samples/quality.py caches      # the same in samples/quality/caches/
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
 of the search within the density, the one of least total error is taken.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import cache_study
 from dit_sparse.comparison import Comparison, PlanResult, compare, write_comparison
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
@@ -24,7 +27,7 @@ from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.session import open_session
+from dit_sparse.session import Session, open_session
 
 SAMPLES = Path(__file__).parent
 MODEL = SAMPLES / "models" / "moving-shapes"
@@ -32,15 +35,16 @@ PLANS = SAMPLES / "plans"
 RESULTS = SAMPLES / "quality"
 DENSITIES = (0.5, 0.3, 0.2)
 PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
-PRESET_PROMPTS = 1
+PRESET_PROMPTS = CACHE_PROMPTS = 1
 SCHEDULE = Schedule(dense_first=4)
 """A fifth of the sample model's 20 steps."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("search", "compare", "presets"))
-    {"search": search, "compare": measure, "presets": presets}[parser.parse_args().what]()
+    works = {"search": search, "compare": measure, "presets": presets, "caches": caches}
+    parser.add_argument("what", choices=works)
+    works[parser.parse_args().what]()
 
 
 def search() -> None:
@@ -75,31 +79,47 @@ def measure() -> None:
         plans[f"uniform {density:.0%}, {pattern}"] = replace(
             searched, assignment=heads, evidence={}
         )
-    session = open_session(MODEL)
-    prompts = read_prompts(SAMPLES / "prompts" / "held-out.txt")
-    result = compare(
-        session.pipe, "samples/models/moving-shapes", prompts, session.settings, plans
-    )
-    RESULTS.mkdir(exist_ok=True)
-    write_comparison(RESULTS, result)
-    (RESULTS / "table.md").write_text(table(result))
+    _compare(open_session(MODEL), plans, None, RESULTS, table)
 
 
 def presets() -> None:
     """Every published setting, the baselines and combinations, and the searched plans beside them:
     as published, and at common densities of the sparse steps with common dense steps."""
     session = open_session(MODEL)
-    prompts = read_prompts(SAMPLES / "prompts" / "held-out.txt")[:PRESET_PROMPTS]
     plans, reasons = preset_plans("everything", PRESET_DENSITIES, session.pipe, session.settings)
     for density in DENSITIES:
         plans[f"searched@{density:g}"] = Plan.from_pretrained(PLANS / plan_name(density))
-    result = compare(
-        session.pipe, "samples/models/moving-shapes", prompts, session.settings, plans
+    _compare(
+        session,
+        plans,
+        PRESET_PROMPTS,
+        RESULTS / "presets",
+        lambda result: presets_table(result, reasons),
     )
-    folder = RESULTS / "presets"
+
+
+def caches() -> None:
+    """What caches of remainders cost in FLOPs and bytes, and what they are worth."""
+    session = open_session(MODEL)
+    plans = cache_study.plans(session.pipe, session.settings)
+    _compare(session, plans, CACHE_PROMPTS, RESULTS / "caches", caches_table)
+
+
+def _compare(
+    session: Session,
+    plans: dict[str, Plan],
+    prompts: int | None,
+    folder: Path,
+    table: Callable[[Comparison], str],
+) -> None:
+    """Run plans on the first held-out prompts, and write what came out and its table."""
+    held_out = read_prompts(SAMPLES / "prompts" / "held-out.txt")[:prompts]
+    result = compare(
+        session.pipe, "samples/models/moving-shapes", held_out, session.settings, plans
+    )
     folder.mkdir(exist_ok=True)
     write_comparison(folder, result)
-    (folder / "table.md").write_text(presets_table(result, reasons))
+    (folder / "table.md").write_text(table(result))
 
 
 def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
@@ -120,6 +140,18 @@ def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
         "and caches. search, rest: seconds of finding blocks and of remainders, relative to those "
         f"of the attention in sparse steps. {_conditions(result)}",
         *(f"Left out: {name}: {reason}." for name, reason in reasons.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def caches_table(result: Comparison) -> str:
+    """What caches cost and are worth, as a Markdown table with what follows from it."""
+    lines = [
+        *cache_study.table(result),
+        "FLOPs of all self-attention calls, searches and caches included, in those of dense "
+        "attention; cache MB with the LSEs kept for searches, all layers and guidance branches "
+        "together. Blocks of adaspa are found anew whenever caches are; "
+        f"the first quarter of the steps is dense. {_conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -186,7 +186,7 @@ def test_wrong_json_is_named(changes: dict[str, Any], message: str):
 
 def test_wrong_values_are_named():
     with pytest.raises(
-        ValueError, match="score must be one of Mass, Sampled, Means, Random, Checked, go"
+        ValueError, match="score must be one of Mass, Sampled, Means, Random, Checked, Or"
     ):
         Scored(WRONG, TopRow(0.3))
     with pytest.raises(ValueError, match="select must be one of TopRow, TopHead, Cumulative"):

@@ -22,7 +22,7 @@ from dit_sparse.kernels.remainder import (
     cache_bytes,
     cache_of,
 )
-from dit_sparse.kernels.score import Mass, Sampled
+from dit_sparse.kernels.score import Mass, Oracle, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.kernels.select import TopRow
@@ -68,10 +68,14 @@ def runner(
     compute = GroupAttention([group], schedule, BLOCK, "reference", limit)
 
     def run(
-        step: int, branch: str = "cond", of: Operands | None = None, layer: str = "a"
+        step: int,
+        branch: str = "cond",
+        of: Operands | None = None,
+        layer: str = "a",
+        number: int = 0,
     ) -> Computed:
         of = operands(step, branch) if of is None else of
-        return compute(group, Place(branch, layer, 0, step), of, GRID)
+        return compute(group, Place(branch, layer, 0, step, number), of, GRID)
 
     return run, compute
 
@@ -119,6 +123,28 @@ def test_AD_the_first_search_is_dense_and_later_ones_use_its_lse() -> None:
     assert apart(renewed.output, attend(operands(2), found)[0])
     assert renewed.flops == pytest.approx(0.5 + again.density().weighted)
     assert_same(run(3).output, attend(operands(3), again)[0])
+
+
+def test_an_oracle_finds_blocks_by_the_dense_pass_of_the_step_and_shows_only_them() -> None:
+    oracle = Scored(Oracle(), TopRow(0.5))
+    run, compute = runner(oracle, Drop(), Schedule(renew_every=2))
+    for step in range(5):
+        came, of, at_search = run(step), operands(step), operands(step - step % 2)
+        found = searched(MASS, at_search, dense(at_search)[1])
+        assert not came.dense
+        assert_same(came.output, attend(of, found)[0])
+        assert came.flops == pytest.approx(found.density().weighted + 1.5 * (step % 2 == 0))
+        assert compute.memory.bytes == 0
+
+
+def test_staggered_layers_find_blocks_and_take_caches_in_turn() -> None:
+    schedule = Schedule(renew_every=3, stagger=True)
+    run, _ = runner(MASS, Complement(), schedule)
+    dense_at = {
+        number: [step for step in range(8) if run(step, layer=str(number), number=number).dense]
+        for number in range(4)
+    }
+    assert dense_at == {0: [0, 3, 6], 1: [0, 1, 4, 7], 2: [0, 2, 5], 3: [0, 3, 6]}
 
 
 def test_scores_without_an_lse_never_run_dense() -> None:

@@ -1,15 +1,17 @@
 """Plans with scored patterns, remainders and renewals on whole pipelines."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Pattern, Skip
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
-from dit_sparse.kernels.score import Mass, Sampled
+from dit_sparse.kernels.score import Mass, Oracle, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import Bands, Tiers, TopRow
 from dit_sparse.pipelines.hook import enable_sparse_attention
@@ -34,6 +36,7 @@ PRODUCT = pytest.mark.parametrize(
         (MASS, Drop()),
         (MASS, Complement()),
         (SAMPLED, Drop()),
+        (Scored(Oracle(), TopRow(0.4)), Complement()),
         (SAMPLED, Rescale()),
         (Band(3), Complement("float8")),
         (Band(3, "pixel_major"), Pooled(2)),
@@ -138,6 +141,53 @@ def test_a_limit_holds_and_is_reported() -> None:
     assert "6 did not fit" in str(report)
 
 
+@pytest.mark.parametrize("pattern", [Band(3), MASS], ids=str)
+def test_only_the_layers_and_heads_that_keep_caches_run_dense_for_them(pattern: Pattern) -> None:
+    pipe, grid, steps = tiny.wan(layers=3), TokenGrid(3, 4, 4), 6
+    plan = plan_of(pipe, pattern, Drop(), Schedule(1, renew_every=2))
+    first, second, third = plan.assignment
+    some = {first: (Complement(),) * 2, second: (Drop(), Complement("float8"))}
+    plan = replace(plan, remainders=some)
+    with enable_sparse_attention(pipe, plan) as hook:
+        output = tiny.generate(pipe, num_inference_steps=steps)
+        report = hook.report()
+    assert output.isfinite().all()
+    # Renewals at steps 1, 3 and 5; a mass needs a dense pass of every head at the first of them.
+    searched = 2 * (pattern is MASS)
+    renewals = {layer.layer: layer.dense_calls.get("renewal", 0) for layer in report.layers}
+    assert renewals == {first: 3 * 2, second: searched, third: searched}
+    assert report.cache_bytes == 2 * plan.cache_bytes(grid)
+    density = 2 / 6
+    if pattern is not MASS:
+        blocks = block_indices((pattern,), grid, block_q=8, block_k=8)
+        density = blocks.density().weighted
+    cached, dropped = 3 * (1 + density) + 2 * density, 5 * density
+    search = 0.0
+    if pattern is MASS:
+        search, dropped = 3 * 0.5, 1 + 4 * density
+    heads = 3 * cached + 3 * dropped + 6 * search
+    assert report.flops == pytest.approx((6 * 1 + heads) / (6 * steps))
+
+
+def test_staggered_layers_are_counted_where_something_is_renewed() -> None:
+    pipe = tiny.wan(layers=4)
+    plan = plan_of(pipe, Band(3), Drop(), Schedule(renew_every=2, stagger=True))
+    # The second layer keeps nothing; the others are numbers 0, 1 and 2.
+    layers = list(plan.assignment)
+    cached = {layer: (Complement(),) * 2 for layer in (layers[0], layers[2], layers[3])}
+    with enable_sparse_attention(pipe, replace(plan, remainders=cached)) as hook:
+        tiny.generate(pipe, num_inference_steps=5)
+        report = hook.report()
+    renewals = [layer.dense_calls.get("renewal", 0) // 2 for layer in report.layers]
+    assert renewals == [3, 0, 3, 3]
+    plan = plan_of(pipe, Band(3), Complement(), Schedule(renew_every=2, stagger=True))
+    with enable_sparse_attention(pipe, plan) as hook:
+        tiny.generate(pipe, num_inference_steps=4)
+        report = hook.report()
+    renewals = [layer.dense_calls.get("renewal", 0) // 2 for layer in report.layers]
+    assert renewals == [2, 3, 2, 3]
+
+
 def test_noise_levels_come_from_the_scheduler() -> None:
     pipe = tiny.wan()
     tiny.generate(pipe, num_inference_steps=6)
@@ -170,7 +220,7 @@ def test_without_a_pipeline_what_depends_on_the_step_is_refused() -> None:
 def test_G12_the_product_is_kept_in_the_file(
     pattern: Pattern, remainder: Remainder, tmp_path: Path
 ) -> None:
-    schedule = Schedule(1, 2, 0.9, 3, (4, 5), 0.8, share_branches=True)
+    schedule = Schedule(1, 2, 0.9, 3, (4, 5), 0.8, share_branches=True, stagger=True)
     pipe = tiny.wan()
     plan = plan_of(pipe, pattern, remainder, schedule, cache_limit=10**6)
     plan.save_pretrained(tmp_path / "plan")
@@ -181,3 +231,14 @@ def test_G12_the_product_is_kept_in_the_file(
     assert (back.schedule, back.cache_limit) == (schedule, 10**6)
     other = plan_of(pipe, pattern, remainder, Schedule(1, 2), cache_limit=10**6)
     assert other.digest != plan.digest
+
+
+def test_an_oracle_keeps_nothing_and_is_dearer_than_dense_attention() -> None:
+    pipe = tiny.wan()
+    plan = plan_of(pipe, Scored(Oracle(), TopRow(0.4)), Drop(), Schedule(1, renew_every=1))
+    with enable_sparse_attention(pipe, plan) as hook:
+        tiny.generate(pipe, num_inference_steps=5)
+        report = hook.report()
+    assert report.cache_bytes == plan.cache_bytes(TokenGrid(3, 4, 4)) == 0
+    assert report.dense_calls == {"dense steps of the schedule": 2 * 2}
+    assert report.flops == pytest.approx((1 + 4 * (1.5 + 2 / 6)) / 5)

@@ -154,6 +154,22 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_plan_without_a_stagger_is_written_as_before_there_was_one(
+    plan: Plan, saved: Path
+) -> None:
+    assert "stagger" not in (saved / "plan.json").read_text()
+    again = Plan.from_pretrained(saved)
+    assert not again.schedule.stagger
+    assert again.digest == json.loads((saved / "plan.json").read_text())["digest"]
+    in_turn = dataclasses.replace(
+        plan, schedule=dataclasses.replace(plan.schedule, renew_every=2, stagger=True)
+    )
+    together = dataclasses.replace(
+        plan, schedule=dataclasses.replace(plan.schedule, renew_every=2)
+    )
+    assert in_turn.digest != together.digest
+
+
 def test_a_failed_save_leaves_the_old_plan(
     plan: Plan, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit_sparse.pipelines.schedule import Schedule
 
@@ -25,11 +27,11 @@ def test_steps_are_dense_above_a_noise_level_whatever_their_number() -> None:
         schedule.dense(0, 5)
 
 
-def renewals(schedule: Schedule, first: int, steps: int) -> list[int]:
+def renewals(schedule: Schedule, first: int, steps: int, layer: int = 0) -> list[int]:
     """The steps at which a layer renews that first runs sparse at `first`."""
     found: list[int] = []
     for step in range(first, steps):
-        if schedule.renews(step, found[-1] if found else None):
+        if schedule.renews(step, found[-1] if found else None, layer):
             found.append(step)
     return found
 
@@ -57,6 +59,43 @@ def test_a_renewal_that_fell_on_a_skipped_step_is_made_up_for() -> None:
     assert schedule.renews(9, 5)
 
 
+@given(period=st.integers(1, 9), first=st.integers(0, 9), layers=st.integers(1, 20))
+def test_staggered_layers_take_turns_of_one_period(period: int, first: int, layers: int) -> None:
+    schedule, steps = Schedule(first, renew_every=period, stagger=True), first + 4 * period
+    taken = [renewals(schedule, first, steps, layer) for layer in range(layers)]
+    together = renewals(Schedule(first, renew_every=period), first, steps)
+    assert taken[0] == together
+    for layer, own in enumerate(taken):
+        turns = {step for step in range(first, steps) if (step - first - layer) % period == 0}
+        assert own == sorted(turns | {first})
+    # After the first step, which is everybody's, no step has one layer more than another.
+    busy = [sum(step in own for own in taken) for step in range(first + 1, steps)]
+    assert set(busy) <= {layers // period, -(-layers // period)}
+
+
+@given(
+    period=st.integers(1, 6),
+    layer=st.integers(0, 12),
+    ran=st.sets(st.integers(0, 30), min_size=1),
+    at=st.sets(st.integers(0, 30), max_size=2),
+)
+def test_staggered_turns_that_fell_on_skipped_steps_are_made_up_for(
+    period: int, layer: int, ran: set[int], at: set[int]
+) -> None:
+    schedule = Schedule(renew_every=period, renew_at=tuple(at), stagger=True)
+    due = {step for step in range(31) if (step - layer) % period == 0} | at
+    last = None
+    for step in sorted(ran):
+        expected = last is None or any(last < turn <= step for turn in due)
+        assert schedule.renews(step, last, layer) == expected
+        last = step if expected else last
+
+
+def test_a_schedule_says_that_its_layers_take_turns() -> None:
+    assert "renewed every 5 steps, layers in turn" in str(Schedule(renew_every=5, stagger=True))
+    assert "turn" not in str(Schedule(renew_every=5))
+
+
 @pytest.mark.parametrize("name", ["dense_first", "dense_last", "renew_every"])
 @pytest.mark.parametrize("value", [-1, 0.5, True, "3"])
 def test_what_is_no_count_is_refused(name: str, value: Any) -> None:
@@ -69,6 +108,7 @@ def test_what_is_no_count_is_refused(name: str, value: Any) -> None:
     [
         ({"renew_at": (3, -1)}, "renew_at: expected a number of denoising steps >= 0, came -1"),
         ({"sigma_above": 0.0}, "sigma_above: expected a noise level > 0, came 0.0"),
+        ({"stagger": True}, "stagger: expected renew_every > 0, came 0, .*; set renew_every, or"),
         ({"recall": 1.5}, r"recall: expected a share in \(0, 1\], came 1.5"),
     ],
 )
