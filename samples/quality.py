@@ -4,6 +4,9 @@
     python samples/quality.py compare     # samples/quality/comparison.json and table.md
     python samples/quality.py presets     # the same in samples/quality/presets/
     python samples/quality.py caches      # the same in samples/quality/caches/
+    python samples/quality.py flops       # the same in samples/quality/flops/, at equal FLOPs
+    python samples/quality.py rank        # predicted errors of random plans beside their PSNR
+    python samples/quality.py promises    # budgets of a PSNR and a speed-up, on unseen prompts
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
 of the search within the density, the one of least total error is taken.
@@ -12,22 +15,33 @@ of the search within the density, the one of least total error is taken.
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import search_study
+from quality_tables import caches_table, presets_table, rank_note, table
 
 import cache_study
-from dit_sparse.comparison import Comparison, PlanResult, compare, write_comparison
+from dit_sparse.comparison import Comparison, compare, write_comparison
+from dit_sparse.environment import environment
+from dit_sparse.generate import sample
 from dit_sparse.pipelines.plan import Plan
-from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import read_prompts
 from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.timing import Timing
 from dit_sparse.session import Session, open_session
+from dit_sparse.video import replacing
 
 SAMPLES = Path(__file__).parent
 MODEL = SAMPLES / "models" / "moving-shapes"
@@ -36,35 +50,62 @@ RESULTS = SAMPLES / "quality"
 DENSITIES = (0.5, 0.3, 0.2)
 PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
 PRESET_PROMPTS = CACHE_PROMPTS = 1
-SCHEDULE = Schedule(dense_first=4)
-"""A fifth of the sample model's 20 steps."""
+FLOPS_PROMPTS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    works = {"search": search, "compare": measure, "presets": presets, "caches": caches}
+    works = {
+        "search": search,
+        "compare": measure,
+        "presets": presets,
+        "caches": caches,
+        "flops": flops,
+        "rank": rank,
+        "promises": promises,
+    }
     parser.add_argument("what", choices=works)
     works[parser.parse_args().what]()
 
 
 def search() -> None:
-    """Search once and write a plan for every density."""
+    """Search once, write a plan for every density, and what the search cost."""
     session = open_session(MODEL)
+    held_out = read_prompts(SAMPLES / "prompts" / "held-out.txt")
+    sample(session.pipe, held_out[0], session.settings.seed, session.settings, None)
+    dense_peak = _peak()
+    start = perf_counter()
+    plan = _searched(session, Budget(density=DENSITIES[0]))
+    seconds, timing = perf_counter() - start, Timing.of_plan(plan)
+    for density in DENSITIES:
+        resolve(plan, Budget(density=density)).save_pretrained(PLANS / plan_name(density))
+    assert timing is not None
+    cost = {
+        "prompts": len(_texts()),
+        "seconds": seconds,
+        "dense_seconds": timing.dense_seconds,
+        "generations": seconds / timing.dense_seconds,
+        "peak_bytes": _peak(),
+        "dense_peak_bytes": dense_peak,
+        "environment": environment(),
+    }
+    _write(RESULTS / "search" / "cost.json", cost)
+
+
+def _searched(session: Session, budget: Budget, work: Path | None = None) -> Plan:
     settings = session.settings
-    plan = search_plan(
+    return search_plan(
         session.pipe,
-        [prompt.text for prompt in read_prompts(SAMPLES / "prompts" / "search.txt")],
-        Budget(density=DENSITIES[0]),
+        _texts(),
+        budget,
         steps=settings.steps,
         height=settings.height,
         width=settings.width,
         frames=settings.frames,
         guidance=settings.guidance,
-        schedule=SCHEDULE,
+        work=work,
         progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr),
     )
-    for density in DENSITIES:
-        resolve(plan, Budget(density=density)).save_pretrained(PLANS / plan_name(density))
 
 
 def measure() -> None:
@@ -73,13 +114,60 @@ def measure() -> None:
     for density in DENSITIES:
         searched = Plan.from_pretrained(PLANS / plan_name(density))
         plans[f"searched {density:.0%}"] = searched
-        evidence = Evidence.of_plan(searched)
-        heads = evidence.assignment(best_uniform(evidence, density))
-        pattern = next(iter(heads.values()))[0]
-        plans[f"uniform {density:.0%}, {pattern}"] = replace(
-            searched, assignment=heads, evidence={}
-        )
+        uniform = uniform_plan(searched)
+        plans[f"uniform {density:.0%}, {uniform.provenance['uniform']}"] = uniform
     _compare(open_session(MODEL), plans, None, RESULTS, table)
+
+
+def uniform_plan(searched: Plan) -> Plan:
+    """The one pattern for all heads, its other pairs dropped, of least error within the FLOPs of
+    a searched plan, under the same schedule."""
+    evidence = Evidence.of_plan(searched)
+    space = evidence.space
+    shared = range(0, len(space.patterns) * len(space.remainders), len(space.remainders))
+    flops = searched.predicted["flops"]
+    number = best_uniform(evidence.tables(searched.schedule), flops, shared)
+    patterns, _ = evidence.assignment(number)
+    name = str(next(iter(patterns.values()))[0])
+    return replace(
+        searched, assignment=patterns, remainders={}, evidence={}, provenance={"uniform": name}
+    )
+
+
+def flops() -> None:
+    """Searched plans beside presets and random candidates at equal FLOPs of a whole generation."""
+    session = open_session(MODEL)
+    plans = search_study.rivals(session.pipe, _searched_plan(), session.settings)
+    _compare(
+        session, plans, FLOPS_PROMPTS, RESULTS / "flops", lambda result: presets_table(result, {})
+    )
+
+
+def rank() -> None:
+    """Predicted errors of random plans against the PSNR of their videos."""
+    plans = search_study.random_plans(_searched_plan())
+    folder = RESULTS / "rank"
+    result = _compare(
+        open_session(MODEL), plans, 1, folder, lambda result: rank_note(result, plans)
+    )
+    _, figure = search_study.rank_correlation(plans, result)
+    figure.savefig(folder / "rank.png", dpi=140)
+
+
+def promises() -> None:
+    """Budgets that name a quality or a speed, and what plans keep of them on unseen prompts."""
+    session = open_session(MODEL)
+    work = Path(tempfile.mkdtemp())
+    known = json.loads((RESULTS / "comparison.json").read_text())["plans"]
+    asked = {row["name"]: round(row["psnr_rgb"]["mean"], 1) for row in known}
+    plans = {
+        f"psnr={asked[name]:g}": _searched(session, Budget(psnr=asked[name]), work)
+        for name in ("searched 50%", "searched 20%")
+    }
+    plans["speedup=1.5"] = resolve(_searched_plan(), Budget(speedup=1.5))
+    for name, plan in plans.items():
+        print(name, plan.schedule, plan.predicted, plan.provenance.get("achieved"))
+    _compare(session, plans, None, RESULTS / "promises", table)
 
 
 def presets() -> None:
@@ -111,98 +199,40 @@ def _compare(
     prompts: int | None,
     folder: Path,
     table: Callable[[Comparison], str],
-) -> None:
+) -> Comparison:
     """Run plans on the first held-out prompts, and write what came out and its table."""
     held_out = read_prompts(SAMPLES / "prompts" / "held-out.txt")[:prompts]
     result = compare(
         session.pipe, "samples/models/moving-shapes", held_out, session.settings, plans
     )
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_comparison(folder, result)
     (folder / "table.md").write_text(table(result))
+    return result
 
 
-def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
-    """What the presets compute, keep and lose, as a Markdown table; the best first."""
-    lines = [
-        "| plan | element | block | weighted | FLOPs | cache MB | PSNR dB | SSIM | search "
-        "| rest |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *(
-            f"| {plan.name} | "
-            + " | ".join(f"{plan.density[kind]:.3f}" for kind in ("element", "block", "weighted"))
-            + f" | {plan.flops:.3f} | {plan.cache_bytes / 1e6:.1f} | {plan.psnr_rgb.mean:.2f} "
-            f"| {plan.ssim.mean:.4f} | {_stage(plan, 'search')} | {_stage(plan, 'remainder')} |"
-            for plan in sorted(result.plans, key=lambda plan: (_asked(plan), -plan.psnr_rgb.mean))
-        ),
-        "",
-        "Densities and FLOPs over all self-attention calls, dense steps as 1; FLOPs with searches "
-        "and caches. search, rest: seconds of finding blocks and of remainders, relative to those "
-        f"of the attention in sparse steps. {_conditions(result)}",
-        *(f"Left out: {name}: {reason}." for name, reason in reasons.items()),
-    ]
-    return "\n".join(lines) + "\n"
+def _searched_plan() -> Plan:
+    """A plan of the search, whose evidence any budget is solved from."""
+    return Plan.from_pretrained(PLANS / plan_name(DENSITIES[0]))
 
 
-def caches_table(result: Comparison) -> str:
-    """What caches cost and are worth, as a Markdown table with what follows from it."""
-    lines = [
-        *cache_study.table(result),
-        "FLOPs of all self-attention calls, searches and caches included, in those of dense "
-        "attention; cache MB with the LSEs kept for searches, all layers and guidance branches "
-        "together. Blocks of adaspa are found anew whenever caches are; "
-        f"the first quarter of the steps is dense. {_conditions(result)}",
-    ]
-    return "\n".join(lines) + "\n"
+def _texts() -> list[str]:
+    return [prompt.text for prompt in read_prompts(SAMPLES / "prompts" / "search.txt")]
 
 
-def _asked(plan: PlanResult) -> float:
-    """Minus the density that was asked for, so that published settings come first."""
-    _, at, density = plan.name.partition("@")
-    return -float(density) if at else -2.0
+def _peak() -> int:
+    """Most memory that the process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _stage(plan: PlanResult, name: str) -> str:
-    attention = plan.stages.get("attention", 0.0)
-    return f"{plan.stages.get(name, 0.0) / attention:.1%}" if attention else "-"
-
-
-def table(result: Comparison) -> str:
-    """The comparison as a Markdown table with machine, versions and revision."""
-    lines = [
-        "| plan | block density | PSNR dB | worst | SSIM | speed-up | low – high |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *(_row(plan) for plan in result.plans),
-        "",
-        f"Dense {result.dense.seconds.median:.1f} s. Block density over all self-attention calls, "
-        f"the dense first steps as 1. {_conditions(result)}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _conditions(result: Comparison) -> str:
-    """Under which a comparison was made."""
-    environment, count = result.environment, len(result.prompts)
-    machine, packages = environment["machine"], environment["packages"]
-    return (
-        f"{count} held-out prompt{'s' * (count > 1)}, {result.settings.steps} steps, "
-        f"{result.settings.dtype}. {machine['processor']}, {machine['cores']} cores, torch "
-        f"{packages['torch']}, diffusers {packages['diffusers']}, revision "
-        f"{environment['revision']}."
-    )
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def plan_name(density: float) -> str:
     return f"moving-shapes-d{density * 100:.0f}"
-
-
-def _row(plan: PlanResult) -> str:
-    speed = plan.speedup
-    return (
-        f"| {plan.name} | {plan.density['block']:.3f} | {plan.psnr_rgb.mean:.2f} "
-        f"| {plan.psnr_rgb.worst:.2f} | {plan.ssim.mean:.4f} | {speed.median:.2f} "
-        f"| {speed.low:.2f} – {speed.high:.2f} |"
-    )
 
 
 if __name__ == "__main__":

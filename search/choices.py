@@ -12,7 +12,6 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of
-from dit_sparse.search.space import Candidate
 from dit_sparse.search.timing import timing_note
 
 
@@ -74,7 +73,7 @@ def choices(plan: Plan) -> Choices | None:
     if not plan.evidence:
         return None
     evidence = Evidence.of_plan(plan)
-    chosen = _chosen(evidence, plan)
+    chosen = evidence.chosen(plan)
     if chosen is None:
         return None
     tables = evidence.tables(plan.schedule)
@@ -94,19 +93,6 @@ def choices(plan: Plan) -> Choices | None:
     error = solution_of(evidence, chosen, plan.schedule).predicted["error"]
     kind = "time" if timed and evidence.time is not None else "flops"
     return Choices(kind, price, rows, curve, (mean, error), timing_note(plan))
-
-
-def _chosen(evidence: Evidence, plan: Plan) -> Tensor | None:
-    """Numbers of the candidates that the plan runs, int64 `[layers, heads]`."""
-    chosen = torch.zeros(evidence.density.shape[:2], dtype=torch.long)
-    for layer, name in enumerate(evidence.layers):
-        pairs = zip(plan.assignment[name], plan.remainders_of(name), strict=True)
-        for head, (pattern, remainder) in enumerate(pairs):
-            number = evidence.number(layer, head, Candidate(pattern, remainder))
-            if number is None:
-                return None
-            chosen[layer, head] = number
-    return chosen
 
 
 def _choice(

@@ -116,6 +116,20 @@ class Evidence:
         same = (n for n in numbers if self.candidate(layer, head, n) == candidate)
         return next(same, None)
 
+    def chosen(self, plan: Plan) -> Tensor | None:
+        """Numbers of the candidates that a plan runs, int64 `[layers, heads]`; `None` if one was
+        not tried."""
+        rows = [
+            [
+                self.number(layer, head, Candidate(*pair))
+                for head, pair in enumerate(
+                    zip(plan.assignment[name], plan.remainders_of(name), strict=True)
+                )
+            ]
+            for layer, name in enumerate(self.layers)
+        ]
+        return None if any(None in row for row in rows) else torch.tensor(rows)
+
     @property
     def full(self) -> int:
         """Which candidate is dense attention."""

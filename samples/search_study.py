@@ -1,0 +1,124 @@
+"""SearchStudy: what a searched plan is worth beside presets and random plans of equal FLOPs, and
+how well its errors predict the quality of videos."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torchmetrics.functional import spearman_corrcoef
+
+from dit_sparse.comparison import Comparison
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.pattern import Choice
+from dit_sparse.kernels.remainder import Pooled
+from dit_sparse.kernels.scaling import at_density
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
+from dit_sparse.search.baselines import random_assignment
+from dit_sparse.search.budget import Budget
+from dit_sparse.search.course import Keeping, course
+from dit_sparse.search.driver import resolve
+from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import solution_of, solve
+from dit_sparse.search.space import search_cost
+from dit_sparse.settings import Settings
+
+SHARES = (0.3, 0.2, 0.1)
+"""Attention FLOPs of a whole generation, of dense, at which plans are compared."""
+
+RANDOM_PLANS = 50
+LEFT_OUT = ("sparse-vdit", "oracle", "mass-each-step", "sparsed", "asa-g")
+"""No density can be asked of the first; the next two are no methods; SparseD differs from AdaSpa
+at its own schedule alone, ASA-G cannot compute so little."""
+
+
+def rivals(pipe: Any, searched: Plan, settings: Settings) -> dict[str, Plan]:
+    """Plans that compute equal shares of a dense generation's attention: searched, of random
+    candidates under the same schedule, and every preset.
+
+    A preset spends half of the share on dense first steps, and the rest on sparse ones.
+    """
+    plans: dict[str, Plan] = {}
+    for share in SHARES:
+        own = resolve(searched, Budget(flops=share))
+        plans[f"searched@{share:g}"] = own
+        evidence = Evidence.of_plan(own)
+        drawn = random_assignment(evidence.tables(own.schedule), share, seed=0)
+        patterns, remainders = evidence.assignment(drawn)
+        plans[f"random candidates@{share:g}"] = replace(
+            own, assignment=patterns, remainders=remainders, evidence={}
+        )
+        for name in PRESETS | COMBINATIONS:
+            plan = None if name in LEFT_OUT else preset_at(name, share, pipe, own, settings)
+            if plan is not None:
+                plans[f"{name}@{share:g}"] = plan
+    return plans
+
+
+def preset_at(name: str, share: float, pipe: Any, like: Plan, settings: Settings) -> Plan | None:
+    """A preset that computes `share` of a dense generation's attention; `None` if it cannot."""
+    assert like.grid is not None
+    grid, steps = TokenGrid(*like.grid), settings.steps
+    preset = (PRESETS | COMBINATIONS)[name].fitted(grid, steps, None)
+    pattern, remainder = preset.pattern, preset.remainder
+    first = max(1, round(share * steps / 2))
+    schedule = replace(preset.schedule, dense_first=first, dense_last=0)
+    path = course(Keeping.of(pattern, remainder), schedule, steps)
+    search = 0.0 if isinstance(pattern, Choice) else search_cost(pattern, preset.block)
+    density = (share * steps - path.dense - path.searches * search) / max(1, path.sparse)
+    least = 0.5**remainder.level if isinstance(remainder, Pooled) else 0.0
+    density = (density - least) / (1 - least)
+    if density < 0.02:
+        return None
+    try:
+        sized = at_density(pattern, density, grid, preset.block)
+    except ValueError:
+        return None
+    return Plan.uniform(pipe, sized, schedule, remainder, grid=like.grid, block=preset.block)
+
+
+def random_plans(searched: Plan, seed: int = 0) -> dict[str, Plan]:
+    """Plans of all qualities: at a random share of FLOPs and schedule, each head takes what the
+    search would give it or, with a probability drawn for the plan, a candidate drawn by lot."""
+    evidence, rng = Evidence.of_plan(searched), random.Random(seed)
+    plans: dict[str, Plan] = {}
+    while len(plans) < RANDOM_PLANS:
+        share, lots = rng.uniform(0.1, 0.7), rng.random()
+        schedule = rng.choice(evidence.schedules)
+        tables = evidence.tables(schedule)
+        if tables.flops.amin(-1).mean().item() > share:
+            continue
+        chosen = solve(replace(evidence, schedules=(schedule,)), Budget(flops=share)).chosen
+        drawn = random_assignment(tables, share, rng.randrange(2**31))
+        lot = torch.tensor([[rng.random() < lots for _ in row] for row in chosen])
+        mixed = torch.where(lot, drawn, chosen)
+        patterns, remainders = evidence.assignment(mixed)
+        plans[f"plan {len(plans)}"] = replace(
+            searched,
+            assignment=patterns,
+            remainders=remainders,
+            schedule=schedule,
+            provenance={"predicted": solution_of(evidence, mixed, schedule).predicted},
+            evidence={},
+        )
+    return plans
+
+
+def rank_correlation(plans: Mapping[str, Plan], result: Comparison) -> tuple[float, Figure]:
+    """Spearman's correlation of predicted errors with measured distances, and both drawn."""
+    errors = torch.tensor([plans[each.name].predicted["error"] for each in result.plans])
+    decibels = torch.tensor([each.psnr_rgb.mean for each in result.plans])
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.scatter(errors, decibels, s=12, color="#1f5a8c")
+    axes.set_xscale("log")
+    axes.set_xlabel("predicted error")
+    axes.set_ylabel("measured PSNR, dB")
+    return spearman_corrcoef(-errors, decibels).item(), figure
