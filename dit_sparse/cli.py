@@ -19,6 +19,7 @@ from dit_sparse.options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    GridOption,
     GuidanceOption,
     HeightOption,
     JsonOption,
@@ -254,6 +255,30 @@ def show(
     print_plan(summary, json_output)
     if not json_output:
         print_choices(summary)
+
+
+@app.command()
+def transfer(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="Folder or Hub id of a plan.")],
+    out: OutOption,
+    grid: GridOption = None,
+    steps: StepsOption = None,
+    overwrite: OverwriteOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Carry a plan over to another token grid or number of steps, and write it."""
+    from dit_sparse.pipelines.transfer import transferred
+    from dit_sparse.plan_summary import plan_summary
+    from dit_sparse.runs import prepare_folder, refuse_existing
+
+    if grid is None and steps is None:
+        raise typer.BadParameter("give --grid TxHxW, --steps N, or both")
+    refuse_existing(out / "plan.json", overwrite)
+    shape = None if grid is None else grid_of(grid)
+    carried = transferred(_plan(plan), grid=shape, steps=steps)
+    carried.save_pretrained(prepare_folder(out))
+    print_plan(plan_summary(carried), json_output)
+    say(f"wrote {out}")
 
 
 @app.command()

@@ -62,18 +62,10 @@ class Preset:
         """The same for another grid and number of steps; at a block density, if given, with
         the dense first steps of `COMPARED` instead of the paper's own."""
         pattern = at_grid(self.pattern, self.grid, grid)
-        dense_first = self.schedule.dense_first / self.steps
+        schedule = self.schedule.scaled(steps / self.steps)
         if density is not None:
             pattern = at_density(pattern, self._listed(density), grid, self.block)
-            dense_first = COMPARED
-        share = steps / self.steps
-        schedule = replace(
-            self.schedule,
-            dense_first=round(dense_first * steps),
-            dense_last=round(self.schedule.dense_last * share),
-            renew_every=_period(self.schedule.renew_every, share),
-            renew_at=tuple(round(step * share) for step in self.schedule.renew_at),
-        )
+            schedule = replace(schedule, dense_first=round(COMPARED * steps))
         return replace(self, grid=grid, steps=steps, pattern=pattern, schedule=schedule)
 
     def _listed(self, density: float) -> float:
@@ -86,11 +78,6 @@ class Preset:
                 f"density {density:g} is out of reach, {self.remainder} alone computes {least:g}"
             )
         return (density - least) / (1 - least)
-
-
-def _period(steps: int, share: float) -> int:
-    """A scaled period; one of several steps does not become one of every step."""
-    return max(2, round(steps * share)) if steps > 1 else steps
 
 
 EVERY_STEP = Schedule(renew_every=1)

@@ -17,7 +17,7 @@ layers take turns from then on, so that the dense passes do not all fall into on
     layers 2, 5, 8    renew           renew                   renew
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,18 @@ class Schedule:
         first = self.dense_first + layer
         # A turn that fell on a skipped step lies between `last` and `step` all the same.
         return (step - first) // self.renew_every > (last - first) // self.renew_every
+
+    def scaled(self, share: float) -> "Schedule":
+        """The schedule of a generation of `share` times as many steps; a period of several steps
+        does not become one of every step."""
+        period = self.renew_every
+        return replace(
+            self,
+            dense_first=round(self.dense_first * share),
+            dense_last=round(self.dense_last * share),
+            renew_every=max(2, round(period * share)) if period > 1 else period,
+            renew_at=tuple(round(step * share) for step in self.renew_at),
+        )
 
     def __str__(self) -> str:
         parts = [f"the first {self.dense_first} and the last {self.dense_last} steps dense"]
