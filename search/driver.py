@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dit_sparse.kernels.error import Metric, check_metric
 from dit_sparse.kernels.pattern import Columns, Full
 from dit_sparse.pipelines.capture import observed_grid
@@ -28,14 +30,18 @@ from dit_sparse.search.columns import column_counts
 from dit_sparse.search.course import schedules as all_schedules
 from dit_sparse.search.course import sightings
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.fidelity import CHECKS, loosest, mean_psnr
+from dit_sparse.search.fidelity import CHECKS, distance, loosest, mean_psnr
 from dit_sparse.search.gathering import evidence_of
 from dit_sparse.search.generations import Generations
 from dit_sparse.search.observer import Scoring
+from dit_sparse.search.propagation import propagation
 from dit_sparse.search.record import Record, Seen
 from dit_sparse.search.solution import solve
 from dit_sparse.search.space import KINDS, Space, check_kinds, patterns, remainders
 from dit_sparse.search.timing import StepTimes, Timing
+
+PROPAGATED = 0.4
+"""Share of dense FLOPs at which layers run alone, to see what becomes of their errors."""
 
 
 def search_plan(
@@ -56,6 +62,7 @@ def search_plan(
     rows: int = 64,
     metric: Metric = "relative",
     through_wo: bool = True,
+    propagate: bool = False,
     work: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -84,6 +91,8 @@ def search_plan(
         rows (`int`): query rows to sample in each call.
         metric (`str`): of the error, see `kernels.error.pattern_error`.
         through_wo (`bool`): whether errors are taken through the output projection.
+        propagate (`bool`): whether to weigh layers by how much of their error reaches the video,
+            which takes a generation for each of them; see `propagation.py`.
         work (`str | Path`, *optional*): folder that keeps what was seen of each prompt; a search
             that was killed goes on from there with the same arguments, to the same plan.
         progress (`Callable`, *optional*): told (steps done, steps in all) after every step.
@@ -123,14 +132,16 @@ def search_plan(
     modules = layer_paths(pipe) if through_wo else None
     scoring = Scoring(modules, grid, block, space, seen_at, rows, metric)
     generated = budget.psnr is not None
-    last = steps - 1 if generated else seen_at.last
+    whole = generated or propagate
+    last = steps - 1 if whole else seen_at.last
     total = len(prompts) * (last + 1 + generated * CHECKS * steps)
+    total += propagate * len(base.assignment) * steps
     generations = Generations(pipe, prompts, steps, arguments, seed, total, progress)
     told = settings | {"model": base.digest, "block": block, "last": last}
     told |= {"sightings": [seen_at.steps, seen_at.anchors, seen_at.ages]}
     record = Record(None if work is None else Path(work), told)
     seen = [
-        _see(generations, record, scoring, number, last, decode=generated or not number)
+        _see(generations, record, scoring, number, last, decode=whole or not number)
         for number in range(len(prompts))
     ]
     evidence = evidence_of(base, space, seen_at, allowed, grid, seen)
@@ -142,15 +153,26 @@ def search_plan(
         evidence=evidence.arrays(),
         timing={} if seen[0].run["timing"] is None else {"dense": seen[0].run["timing"]},
     )
+    references = [each.video for each in seen if each.video is not None]
+
+    def videos(plan: Plan, count: int) -> list[Tensor]:
+        with enable_sparse_attention(pipe, plan):
+            return [generations.sparse(number) for number in range(count)]
+
+    if propagate:
+        usual = solve(evidence, Budget(flops=PROPAGATED))
+        weights = propagation(
+            evidence, usual, searched, lambda plan: distance(references[:1], videos(plan, 1))
+        )
+        weighed = replace(evidence, propagation=weights)
+        searched = replace(searched, evidence=weighed.arrays())
     if budget.psnr is None:
         return resolve(searched, budget)
-    references = [each.video for each in seen if each.video is not None]
 
     def compare(flops: float) -> tuple[float, float]:
         plan = resolve(searched, replace(budget, psnr=None, flops=flops))
-        with enable_sparse_attention(pipe, plan):
-            videos = generations.sparse()
-        return plan.predicted["flops"], mean_psnr(references, videos)
+        came = mean_psnr(references, videos(plan, len(prompts)))
+        return plan.predicted["flops"], came
 
     least = min(evidence.tables(each).flops.amin(-1).mean().item() for each in allowed)
     found = loosest(compare, budget.psnr, least)

@@ -24,6 +24,7 @@ from dit_sparse.search.course import Keeping, Sightings, course
 from dit_sparse.search.space import Candidate, Space, search_cost
 
 ARRAYS = ("error", "density", "column_mass")
+OPTIONAL = ("time", "propagation")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +78,7 @@ class Evidence:
         column_mass: float32 `[layers, heads, key blocks]`.
         time: float32, shaped as `density`, of a sparse pass in dense attention's time; `None` if
             nothing on the device was calibrated.
+        propagation: float32 `[layers]`, by which errors of each layer count; `None` for alike.
     """
 
     layers: tuple[str, ...]
@@ -91,6 +93,7 @@ class Evidence:
     density: Tensor
     column_mass: Tensor
     time: Tensor | None = None
+    propagation: Tensor | None = None
 
     def candidate(self, layer: int, head: int, number: int) -> Candidate:
         """One candidate of one head."""
@@ -151,6 +154,8 @@ class Evidence:
             flops[..., numbers] = own.cost(density[..., numbers], search)
             time[..., numbers] = own.cost(passes[..., numbers], search)
             kept[..., numbers] = self._bytes(keeping, numbers, schedule)
+        if self.propagation is not None:
+            error *= self.propagation.double()[:, None, None]
         tables = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))
         return Tables(schedule, steps, *tables, bytes=kept)
 
@@ -170,8 +175,8 @@ class Evidence:
 
     def arrays(self) -> dict[str, Tensor]:
         """The content of `Plan.evidence`."""
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        return arrays if self.time is None else arrays | {"time": self.time}
+        arrays = {name: getattr(self, name) for name in (*ARRAYS, *OPTIONAL)}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def description(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
@@ -219,7 +224,7 @@ class Evidence:
                 head_dim=tuple(described["head_dim"]),
                 copies=described["copies"],
                 **{name: plan.evidence[name] for name in ARRAYS},
-                time=plan.evidence.get("time"),
+                **{name: plan.evidence.get(name) for name in OPTIONAL},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the plan's search is incomplete ({error}); search again") from error
@@ -258,6 +263,9 @@ class Evidence:
                 f"should have {blocks} key blocks, column_mass has the shape "
                 f"{tuple(self.column_mass.shape)}"
             )
+        weights = self.propagation
+        if weights is not None and (len(weights) != len(self.layers) or not (weights > 0).all()):
+            return "should have a propagation above 0 for each layer"
         if len(self.head_dim) != len(self.layers):
             return f"should have a head_dim for each of {len(self.layers)} layers"
         if (self.error[..., self.full, :, :] != 0).any():

@@ -50,6 +50,14 @@ def mean_psnr(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
     )
 
 
+def distance(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
+    """Mean squared difference of videos from references, as `mean_psnr` takes them."""
+    return fmean(
+        (video.double() - reference.double()).square().mean().item()
+        for reference, video in zip(references, videos, strict=True)
+    )
+
+
 def loosest(check: Callable[[float], tuple[float, float]], asked: float, least: float) -> Fidelity:
     """The least share of FLOPs found to hold `asked` dB, by bisection of its logarithm.
 

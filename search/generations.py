@@ -66,13 +66,10 @@ class Generations:
                 times.end()
         return _video(output) if decode and last == self.steps - 1 else None
 
-    def sparse(self) -> list[Tensor]:
-        """Generate all prompts with whatever plan is in effect: float `[frames, height, width, 3]`
-        in [0, 1] for each."""
-        last = self.steps - 1
-        return [
-            _video(self._run(number, last, True, None)) for number in range(len(self._prompts))
-        ]
+    def sparse(self, number: int) -> Tensor:
+        """Generate prompt `number` with whatever plan is in effect: float `[frames, height,
+        width, 3]` in [0, 1]."""
+        return _video(self._run(number, self.steps - 1, True, None))
 
     def skip(self, steps: int) -> None:
         """Tell that some steps need not be run."""
