@@ -150,7 +150,7 @@ def test_its_json_is_nested_values():
         (
             {"score": {"kind": "guess"}},
             "score of pattern 'scored' must be a score of kind mass, sampled, means, random, "
-            "checked, got {'kind': 'guess'}",
+            "checked, clustered, got {'kind': 'guess'}",
         ),
         ({"score": {"kind": ["mass"]}}, "score of pattern 'scored' must be a score of kind"),
         ({"score": "mass"}, "score of pattern 'scored' must be a score of kind mass"),
@@ -186,7 +186,7 @@ def test_wrong_json_is_named(changes: dict[str, Any], message: str):
 
 def test_wrong_values_are_named():
     with pytest.raises(
-        ValueError, match="score must be one of Mass, Sampled, Means, Random, Checked, go"
+        ValueError, match="score must be one of Mass, Sampled, Means, Random, Checked, Cl"
     ):
         Scored(WRONG, TopRow(0.3))
     with pytest.raises(ValueError, match="select must be one of TopRow, TopHead, Cumulative"):
