@@ -77,8 +77,7 @@ def _of_head(points: Tensor, centroid: Tensor, iterations: int) -> tuple[Tensor,
         size = label.bincount(minlength=len(centroid))
         members = points.index_select(0, label.argsort(stable=True))
         total = torch.segment_reduce(members, "sum", lengths=size, axis=0, initial=0)
-        mean = total / size.clamp_min(1)[:, None]
-        centroid = mean.where(size[:, None] > 0, centroid)
+        centroid = (total / size[:, None]).where(size[:, None] > 0, centroid)
     return label, centroid, size
 
 

@@ -1,6 +1,5 @@
 """The blocks of clusters (Sparse VideoGen 2), against the definition token by token in float64."""
 
-import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -22,11 +21,10 @@ from dit_sparse.kernels.clustered_blocks import (
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.kmeans import Clusters, kmeans
 from dit_sparse.kernels.order import raster
-from dit_sparse.kernels.pattern import Scored, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.ranking import rank_clusters
 from dit_sparse.kernels.recall import block_recall
-from dit_sparse.kernels.scaling import at_density, at_grid
 from dit_sparse.kernels.score import Clustered, Mass
+from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Tiers, TopHead, TopRow
 
@@ -374,20 +372,6 @@ def test_its_cost_is_that_of_distances_and_of_pairs_of_clusters() -> None:
     assert again == pytest.approx((2 * 1000 * 130 + 30 * 100) / (2 * 1024**2))
     few = TokenGrid(1, 2, 2)
     assert cluster_cost(Clustered(), few, again=True) == pytest.approx((2 * 4 * 8 + 16) / 32)
-
-
-def test_it_survives_json_and_prints_what_it_is() -> None:
-    written = json.dumps(pattern_to_dict(PATTERN))
-    assert pattern_from_dict(json.loads(written)) == PATTERN
-    assert str(PATTERN) == "scored 5 x 9 clusters, cumulative 0.6 in 0.1..1"
-
-
-def test_on_another_grid_clusters_keep_their_sizes() -> None:
-    source, grid = TokenGrid(20, 10, 10), TokenGrid(10, 10, 8)
-    pattern = Scored(Clustered(30, 100), Cumulative(0.9, 0.1))
-    assert at_grid(pattern, source, grid) == replace(pattern, score=Clustered(12, 40))
-    assert at_grid(pattern, source, TokenGrid(1, 2, 2)).score == Clustered(1, 1)  # type: ignore[union-attr]
-    assert at_density(pattern, 0.25, grid, 64).select == Cumulative(0.9, 0.25, 0.25)  # type: ignore[union-attr]
 
 
 def test_wrong_requests_are_named(operands) -> None:
