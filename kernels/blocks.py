@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.counts import cut, pair_counts
+from dit_sparse.kernels.counts import Cut, cut, pair_counts
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Pattern
@@ -50,16 +50,17 @@ class BlockIndices:
     """Compressed rows of key blocks; a row is a (head, query block) pair, heads first.
 
     Row `r` visits `key_block[row_pointer[r]:row_pointer[r + 1]]`, ascending. Blocks are runs of
-    the sequence `permutation` (position -> raster token), cut at `query_offsets` and
-    `key_offsets`. All tensors are on the CPU and must not be written to; two values are equal
-    only if they are the same object, so that backends can keep what they prepared for one.
+    the sequences `permutation` of queries and `key_permutation` of keys (position -> raster
+    token), cut at `query_offsets` and `key_offsets`. All tensors are on the CPU and must not be
+    written to; two values are equal only if they are the same object, so that backends can keep
+    what they prepared for one.
 
     Attributes:
         grid: where the tokens stand, with the valid text of each sample.
-        order: the order that `permutation` realizes.
+        order: the order that both permutations realize; `None` if each is one of its own.
         block_q, block_k: largest number of tokens in a block of queries, of keys.
         heads: number of heads.
-        permutation: int64 `[tokens]`.
+        permutation, key_permutation: int64 `[tokens]`; text keeps its place in both.
         query_offsets, key_offsets: int64 `[blocks + 1]`.
         row_pointer: int32 `[heads * query_blocks + 1]`.
         key_block: int32 `[entries]`.
@@ -70,11 +71,12 @@ class BlockIndices:
     """
 
     grid: TokenGrid
-    order: TokenOrder
+    order: TokenOrder | None
     block_q: int
     block_k: int
     heads: int
     permutation: Tensor
+    key_permutation: Tensor
     query_offsets: Tensor
     key_offsets: Tensor
     row_pointer: Tensor
@@ -97,6 +99,7 @@ class BlockIndices:
         entries = len(self.key_block)
         for name, dtype, length in (
             ("permutation", torch.int64, self.grid.tokens),
+            ("key_permutation", torch.int64, self.grid.tokens),
             ("query_offsets", torch.int64, len(self.query_offsets)),
             ("key_offsets", torch.int64, len(self.key_offsets)),
             ("row_pointer", torch.int32, rows + 1),
@@ -108,8 +111,10 @@ class BlockIndices:
                 return (
                     f"{name} must be {dtype} [{length}], got {tensor.dtype} {tuple(tensor.shape)}"
                 )
-        if not torch.equal(self.permutation.sort().values, torch.arange(self.grid.tokens)):
-            return "permutation must hold every token once"
+        for name in ("permutation", "key_permutation"):
+            tokens = getattr(self, name).sort().values
+            if not torch.equal(tokens, torch.arange(self.grid.tokens)):
+                return f"{name} must hold every token once"
         for name, last in (
             ("query_offsets", self.grid.tokens),
             ("key_offsets", self.grid.tokens),
@@ -142,7 +147,7 @@ class BlockIndices:
 
     def key_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of keys, int64."""
-        return self.permutation[self.key_offsets[block] : self.key_offsets[block + 1]]
+        return self.key_permutation[self.key_offsets[block] : self.key_offsets[block + 1]]
 
     def entries(self, head: int, query_block: int) -> Iterator[tuple[int, int]]:
         """The key blocks of a row with their tags."""
@@ -224,8 +229,8 @@ def block_indices(
     return _assemble(
         grid,
         order,
-        block_q,
-        block_k,
+        (block_q, block_k),
+        _cuts(grid, order, block_q, block_k),
         counts=torch.cat([row.counts for row in rows]),
         key_block=torch.cat([row.key_block for row in rows]),
         tag=torch.cat([row.tag for row in rows]),
@@ -265,11 +270,23 @@ def from_tags(
     """The blocks that `tags`, int8 `[heads, query_blocks, key_blocks]`, asks for: `ABSENT`,
     `WHOLE`, or r in 1..7 for keys pooled by `2^r` (Pyramid Sparse Attention, arXiv 2512.04025)."""
     order = raster() if order is None else order
-    queries, keys = order.offsets(grid, block_q).diff(), order.offsets(grid, block_k).diff()
+    return from_cuts(tags, grid, _cuts(grid, order, block_q, block_k), (block_q, block_k), order)
+
+
+def from_cuts(
+    tags: Tensor,
+    grid: TokenGrid,
+    cuts: tuple[Cut, Cut],
+    largest: tuple[int, int],
+    order: TokenOrder | None = None,
+) -> BlockIndices:
+    """As `from_tags`, for queries and keys that are each cut in an order of their own, if it is
+    not `order`, into blocks of at most `largest` tokens."""
+    queries, keys = (side.offsets.diff() for side in cuts)
     if tags.ndim != 3 or tags.shape[1:] != (len(queries), len(keys)):
         raise ValueError(
             f"a table of blocks must be [heads, {len(queries)}, {len(keys)}] for grid {grid} in "
-            f"blocks of {block_q} x {block_k}, got {tuple(tags.shape)}"
+            f"blocks of {largest[0]} x {largest[1]}, got {tuple(tags.shape)}"
         )
     tags = tags.cpu()
     listed = tags != ABSENT
@@ -282,8 +299,8 @@ def from_tags(
     return _assemble(
         grid,
         order,
-        block_q,
-        block_k,
+        largest,
+        cuts,
         counts=listed.sum(-1).flatten(),
         key_block=listed.nonzero()[:, 2].to(torch.int32),
         tag=tags[listed],
@@ -306,8 +323,7 @@ class _Visited:
 def _visited(
     pattern: Pattern, grid: TokenGrid, order: TokenOrder, block_q: int, block_k: int
 ) -> _Visited:
-    queries = cut(grid, order, block_q)
-    keys = queries if block_q == block_k else cut(grid, order, block_k)
+    queries, keys = _cuts(grid, order, block_q, block_k)
     sizes, columns = queries.offsets.diff(), keys.offsets.diff()
     counts, key_blocks, tags, kept = [], [], [], 0
     for rows, pairs in pair_counts(pattern, grid, queries, keys):
@@ -331,9 +347,9 @@ def _filled(row: _Visited, key_blocks: int, tag: int) -> _Visited:
 
 def _assemble(
     grid: TokenGrid,
-    order: TokenOrder,
-    block_q: int,
-    block_k: int,
+    order: TokenOrder | None,
+    largest: tuple[int, int],
+    cuts: tuple[Cut, Cut],
     *,
     counts: Tensor,
     key_block: Tensor,
@@ -344,18 +360,24 @@ def _assemble(
     return BlockIndices(
         grid=grid,
         order=order,
-        block_q=block_q,
-        block_k=block_k,
+        block_q=largest[0],
+        block_k=largest[1],
         heads=len(kept),
-        permutation=order.permutation(grid),
-        query_offsets=order.offsets(grid, block_q),
-        key_offsets=order.offsets(grid, block_k),
+        permutation=cuts[0].tokens,
+        key_permutation=cuts[1].tokens,
+        query_offsets=cuts[0].offsets,
+        key_offsets=cuts[1].offsets,
         row_pointer=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
         key_block=key_block,
         tag=tag,
         kept=kept,
         patterns=patterns,
     )
+
+
+def _cuts(grid: TokenGrid, order: TokenOrder, block_q: int, block_k: int) -> tuple[Cut, Cut]:
+    queries = cut(grid, order, block_q)
+    return queries, queries if block_q == block_k else cut(grid, order, block_k)
 
 
 def _common_order(patterns: tuple[Pattern, ...]) -> TokenOrder:

@@ -61,7 +61,7 @@ def covers(blocks: BlockIndices, prices: Prices, valid_text: int | None = None) 
     valid = torch.ones(blocks.grid.tokens, dtype=torch.bool)
     if valid_text is not None:
         valid[blocks.grid.invalid_text(valid_text)] = False
-    valid = valid[blocks.permutation]
+    valid = valid[blocks.key_permutation]
     return [
         Cover(tuple(heads), tuple(_rectangles(blocks, heads[0], prices, valid)))
         for heads in sharing.values()
@@ -74,7 +74,7 @@ def visible(blocks: BlockIndices, head: int, rectangle: Rectangle) -> Tensor:
     keys = torch.cat([torch.arange(*run) for run in rectangle.masked])[None, :]
     if blocks.patterns:
         return blocks.patterns[head].pairs(
-            blocks.grid, blocks.permutation[queries], blocks.permutation[keys]
+            blocks.grid, blocks.permutation[queries], blocks.key_permutation[keys]
         )
     listed, _ = _rows(blocks, head)
     return listed[_block_of(blocks.query_offsets)[queries], _block_of(blocks.key_offsets)[keys]]

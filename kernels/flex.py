@@ -71,7 +71,8 @@ _prepared: WeakKeyDictionary[BlockIndices, _Prepared] = WeakKeyDictionary()
 
 
 def supports(call: AttentionCall) -> str | None:
-    """What torch.compile serves with an LSE: CUDA and XPU, with Triton; no pooled keys."""
+    """What torch.compile serves with an LSE: CUDA and XPU, with Triton; no pooled keys, and one
+    order of queries and keys."""
     device, head_dim = call.query.device, call.query.shape[-1]
     if device.type == "cpu":
         return "PyTorch's FlexAttention returns no LSE on the CPU"
@@ -162,6 +163,8 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
 def _refusal(blocks: BlockIndices) -> str | None:
     if (blocks.tag > WHOLE).any():
         return "pooled keys are not built here"
+    if blocks.order is None:
+        return "each list of clusters has another number of blocks, and would be compiled anew"
     pattern = unwindowed(blocks)
     if pattern is not None:
         return f"{pattern} has partial blocks and is not made of windows"

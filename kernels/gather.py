@@ -99,7 +99,8 @@ def _attend(
     """Attention of the heads of one cover; operands and results as those of `run`."""
     moved = blocks.order != raster()
     if moved:
-        query, key, value = (x.index_select(1, blocks.permutation) for x in (query, key, value))
+        query = query.index_select(1, blocks.permutation)
+        key, value = (x.index_select(1, blocks.key_permutation) for x in (key, value))
     output = torch.zeros(query.shape, dtype=query.dtype)
     lse = torch.full(
         (query.shape[0], query.shape[2], query.shape[1]),

@@ -64,7 +64,7 @@ def arranged(x: Tensor, work: Worklist, sizes: Tiles) -> Tensor:
     """Keys or values in the order of the blocks, `[batch, tokens, heads, head_dim]`, with strides
     that the kernel can read; a copy only where needed."""
     if work.permuted:
-        return ordered(x, work.lists.permutation)
+        return ordered(x, work.key_permutation)
     steps = [stride * x.element_size() % 16 for stride in x.stride()[:3]]
     describable = x.stride(3) == 1 and not any(steps) and x.data_ptr() % 16 == 0
     if describable or (x.stride(3) == 1 and not sizes.descriptors):

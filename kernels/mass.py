@@ -61,8 +61,9 @@ def _plain(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     blocks, device = call.blocks, call.query.device
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     permutation = blocks.permutation.to(device)
-    key = rearrange(call.key[:, permutation].to(dtype), "b j h d -> b h d j")
-    real = blocks.grid.real(len(call.query))[:, blocks.permutation]
+    keys = blocks.key_permutation
+    key = rearrange(call.key[:, keys.to(device)].to(dtype), "b j h d -> b h d j")
+    real = blocks.grid.real(len(call.query))[:, keys]
     hidden = rearrange(~real, "b j -> b 1 1 j").to(device)
     places = (
         list(torch.arange(blocks.grid.tokens).tensor_split(blocks.query_offsets[1:-1]))

@@ -52,6 +52,7 @@ class _Call(ctypes.Structure):
         ("output", _Operand),
         ("lse", ctypes.c_void_p),
         ("permutation", ctypes.c_void_p),
+        ("key_permutation", ctypes.c_void_p),
         ("query_offsets", ctypes.c_void_p),
         ("key_offsets", ctypes.c_void_p),
         ("row_pointer", ctypes.c_void_p),
@@ -141,6 +142,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     lists = (
         lse,
         blocks.permutation,
+        blocks.key_permutation,
         blocks.query_offsets,
         blocks.key_offsets,
         blocks.row_pointer,

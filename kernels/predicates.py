@@ -116,9 +116,8 @@ class _Group:
 
 
 def _group(windows: Windows, blocks: BlockIndices, keys: Tiling) -> _Group:
-    low, size, place = (
-        x[:, blocks.permutation].long() for x in (windows.low, windows.size, windows.place)
-    )
+    low, size = (x[:, blocks.permutation].long() for x in (windows.low, windows.size))
+    place = windows.place[:, blocks.key_permutation].long()
     grid = blocks.grid
     video = (keys.first >= grid.text_before) & (keys.first < grid.text_before + grid.video)
     tile = torch.arange(len(keys)).repeat_interleave(keys.count).expand_as(place)

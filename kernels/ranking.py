@@ -6,6 +6,7 @@ keys, and the pairs of blocks that are visited whatever their share.
     Random   a number from a generator of its own
     Checked  a cheap score, and for heads where one row of each block says otherwise, Mass
     Means    softmax over j of  scale * mean(q) . mean(k) + ln(keys),  k less the mean of all keys
+    Clustered  as Means, of clusters in place of blocks, k as it is
 
 each divided by its sum over the blocks of keys. Shares are averaged over the batch, so that both
 passes of classifier-free guidance visit the same blocks. Padded text is neither key nor query.
@@ -19,9 +20,10 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.kmeans import Clusters
 from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.sample import sampled
-from dit_sparse.kernels.score import Checked, Mass, Means, Oracle, Random, Sampled, Score
+from dit_sparse.kernels.score import BlockScore, Checked, Mass, Means, Oracle, Random, Sampled
 from dit_sparse.kernels.tiling import Tiling, real_tokens
 
 _AT_ONCE = 1 << 24  # logits held in one step
@@ -43,7 +45,7 @@ class Ranking:
 
 
 def score_blocks(
-    score: Score,
+    score: BlockScore,
     query: Tensor,
     key: Tensor,
     blocks: BlockIndices,
@@ -97,6 +99,15 @@ def score_blocks(
             return Ranking(_shares(torch.rand(shape, generator=generator).to(query.device)))
         case Means():
             return _of_means(score, query, key, blocks, factor)
+
+
+def rank_clusters(queries: Clusters, keys: Clusters, scale: float) -> Ranking:
+    """Rank all pairs of clusters of the heads: shares `[heads, query clusters, key clusters]`, 0
+    for clusters without members."""
+    logits = scale * queries.centroid @ keys.centroid.mT
+    logits = logits + rearrange(keys.size.to(logits.dtype).log(), "h j -> 1 h 1 j")
+    absent = rearrange(queries.size == 0, "h i -> 1 h i 1")
+    return Ranking(_shares(logits.softmax(-1).masked_fill(absent, 0).float()))
 
 
 def _of_mass(
@@ -208,10 +219,13 @@ def _chosen(
     """For each sample, the tokens that stand for every block of queries and of keys: raster
     tokens int64 `[blocks, tokens]`, -1 for none; all that are not padded if `samples` is None."""
     sides = []
-    for offsets in (blocks.query_offsets, blocks.key_offsets):
+    for offsets, tokens in (
+        (blocks.query_offsets, blocks.permutation),
+        (blocks.key_offsets, blocks.key_permutation),
+    ):
         first, sizes = offsets[:-1], offsets.diff()
         real = real_tokens(blocks.grid, Tiling(first, sizes, torch.arange(len(first))))
-        sides.append([_places(first, count, samples, blocks.permutation) for count in real])
+        sides.append([_places(first, count, samples, tokens) for count in real])
     rows, columns = (
         [places.to(device) for places in side] * (batch if len(side) == 1 else 1) for side in sides
     )

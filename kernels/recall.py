@@ -27,7 +27,7 @@ def block_recall(
     listed = _listed(blocks)[:, row]
     of_key = torch.arange(blocks.key_blocks).repeat_interleave(blocks.key_offsets.diff())
     seen = torch.empty(heads, len(place), tokens, dtype=torch.bool)
-    seen[..., blocks.permutation] = listed[..., of_key]
+    seen[..., blocks.key_permutation] = listed[..., of_key]
     valid = valid_tokens(blocks.grid)
     valid = None if valid is None else valid.to(query.device)
     rows = blocks.permutation[place].to(query.device)

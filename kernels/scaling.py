@@ -16,6 +16,7 @@ from dit_sparse.kernels.pattern import (
     Radial,
     Skip,
 )
+from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import at_density as select_at_density
 
@@ -24,7 +25,8 @@ _HALVINGS = 24
 
 def at_grid(pattern: Pattern, source: TokenGrid, grid: TokenGrid) -> Pattern:
     """The pattern that covers on `grid` the share of every axis that `pattern` covers on
-    `source`: windows and strides of each axis, half widths of bands. Others are what they are.
+    `source`: windows and strides of each axis, half widths of bands. Clusters keep their sizes,
+    and so their share of the cost. Others are what they are.
 
     >>> str(at_grid(Neighborhood((18, 24, 24)), TokenGrid(30, 48, 80), TokenGrid(15, 16, 16)))
     'neighborhood 9x8x5'
@@ -44,6 +46,10 @@ def at_grid(pattern: Pattern, source: TokenGrid, grid: TokenGrid) -> Pattern:
             return replace(
                 pattern, patterns=tuple(at_grid(part, source, grid) for part in pattern.patterns)
             )
+        case Scored(score=Clustered() as score):
+            share = grid.video / source.video
+            queries, keys = (max(1, round(n * share)) for n in (score.queries, score.keys))
+            return replace(pattern, score=replace(score, queries=queries, keys=keys))
         case _:
             return pattern
 

@@ -154,4 +154,39 @@ class Checked:
         return f"{self.cheap} checked to {self.bound:g}"
 
 
-Score = Mass | Sampled | Means | Random | Checked | Oracle
+@dataclass(frozen=True, slots=True)
+class Clustered:
+    """Attention between the means of clusters of queries and of keys, which take the place of
+    blocks: the semantic-aware permutation of Sparse VideoGen 2 (arXiv 2505.18875).
+
+    Every head has clusters of its own, found by k-means and carried on from step to step. Numbers
+    are those of the authors' script for Wan 2.1 at 720p.
+
+    Attributes:
+        queries, keys: clusters of the video tokens; no more than there are tokens.
+        first, again: iterations at the first search of a generation, and at later ones.
+    """
+
+    kind: ClassVar[str] = "clustered"
+    needs_lse: ClassVar[bool] = False
+    queries: int = 300
+    keys: int = 1000
+    first: int = 50
+    again: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys", "first", "again"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}; 300 x 1000 clusters, "
+                    "50 iterations and then 2 are usual"
+                )
+
+    def __str__(self) -> str:
+        return f"{self.queries} x {self.keys} clusters"
+
+
+BlockScore = Mass | Sampled | Means | Random | Checked | Oracle
+"""Scores of the blocks that an order cuts."""
+
+Score = BlockScore | Clustered

@@ -12,8 +12,8 @@ from torch import Tensor
 from dit_sparse.kernels.definition import Definition
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
-from dit_sparse.kernels.score import Score
-from dit_sparse.kernels.select import Select
+from dit_sparse.kernels.score import Clustered, Score
+from dit_sparse.kernels.select import Grouped, Select
 
 OrderName = Literal["raster", "pixel_major", "gilbert"]
 
@@ -25,8 +25,10 @@ class Scored(Definition):
     Attributes:
         score: how blocks of keys are ranked for blocks of queries.
         select: how many are kept.
-        token_order: the order that is cut into blocks.
-        sink_frames: blocks with tokens of as many first frames are visited in addition.
+        token_order: the order that is cut into blocks; raster if the score is of clusters, which
+            are cut instead.
+        sink_frames: blocks with tokens of as many first frames are visited in addition; none if
+            the score is of clusters, which are of no frame.
     """
 
     kind: ClassVar[str] = "scored"
@@ -50,6 +52,15 @@ class Scored(Definition):
                 f"sink_frames must not be negative, got {self.sink_frames}; use 0 for no sink"
             )
 
+        if isinstance(self.score, Clustered):
+            framed = isinstance(self.select, Grouped)
+            if self.token_order != "raster" or self.sink_frames or framed:
+                raise ValueError(
+                    f"clusters are an order of their own and belong to no frame, got "
+                    f"token_order={self.token_order!r}, sink_frames={self.sink_frames}, select "
+                    f"{self.select}; leave the first two out and select by top_row or cumulative"
+                )
+
     @property
     def order(self) -> TokenOrder:
         return TokenOrder(self.token_order)
@@ -65,4 +76,5 @@ class Scored(Definition):
 
     def __str__(self) -> str:
         sink = f", sink {self.sink_frames}" if self.sink_frames else ""
-        return f"scored {self.score}, {self.select}, {self.token_order}{sink}"
+        order = "" if isinstance(self.score, Clustered) else f", {self.token_order}"
+        return f"scored {self.score}, {self.select}{order}{sink}"

@@ -16,6 +16,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Skip
 from dit_sparse.kernels.ranking import score_blocks
+from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.selection import key_blocks_of_frames, select_blocks
 
@@ -46,6 +47,8 @@ def scored_blocks(
         lse: of dense attention, float32 `[batch, heads, tokens]`, if the score needs it.
         pooled: r > 0 lists the blocks that are not kept as well, pooled by `2^r`.
     """
+    if isinstance(pattern.score, Clustered):
+        raise ValueError(f"{pattern} has a list for each head; make them with clustered_blocks")
     if geometry.order != pattern.order:
         raise ValueError(
             f"the geometry is in {geometry.order} order, {pattern} is in {pattern.order} order; "

@@ -31,15 +31,22 @@ def select_blocks(select: Select, ranking: Ranking, blocks: BlockIndices) -> Ten
         )
     rows, columns = _video(blocks, blocks.query_offsets), _video(blocks, blocks.key_offsets)
     tags = torch.full_like(share, WHOLE, dtype=torch.int8)
-    tags[:, rows, columns] = _video_tags(select, share[:, rows, columns], blocks, columns)
+    first = key_blocks_of_frames(blocks, 1)[columns] if isinstance(select, Grouped) else None
+    tags[:, rows, columns] = _video_tags(select, share[:, rows, columns], first)
     return tags if ranking.forced is None else tags.masked_fill(ranking.forced, WHOLE)
+
+
+def select_clusters(select: Select, ranking: Ranking) -> Tensor:
+    """The same for pairs of clusters of video tokens, `[heads, query clusters, key clusters]`.
+    Clusters belong to no frame, so a selection by frames is an error."""
+    return _video_tags(select, ranking.share, None)
 
 
 @lru_cache(maxsize=16)
 def key_blocks_of_frames(blocks: BlockIndices, frames: int) -> Tensor:
     """Which blocks of keys hold tokens of the first `frames` frames of the video, whatever the
     order, bool `[key_blocks]`."""
-    frame, _, _ = blocks.grid.coordinates(blocks.permutation)
+    frame, _, _ = blocks.grid.coordinates(blocks.key_permutation)
     early = ((frame >= 0) & (frame < frames)).cumsum(0)
     return torch.nn.functional.pad(early, (1, 0))[blocks.key_offsets].diff() > 0
 
@@ -55,8 +62,9 @@ def tier_densities(select: Tiers, recall: Tensor) -> Tensor:
     return density.masked_fill(place >= heads - number, min(1.5 * select.density, 1.0))
 
 
-def _video_tags(select: Select, share: Tensor, blocks: BlockIndices, columns: slice) -> Tensor:
-    """Tags of the rows and columns of video, whose shares are `[heads, rows, columns]`."""
+def _video_tags(select: Select, share: Tensor, first: Tensor | None) -> Tensor:
+    """Tags of the rows and columns of video, whose shares are `[heads, rows, columns]`; `first`,
+    bool `[columns]`, are those of the first frame, if columns have frames."""
     number = share.shape[-1]
     match select:
         case TopRow():
@@ -76,7 +84,8 @@ def _video_tags(select: Select, share: Tensor, blocks: BlockIndices, columns: sl
             count = (tier_densities(select, recall) * number).round().clamp_min(1)
             kept = place < rearrange(count, "h -> h 1 1")
         case Grouped():
-            first = key_blocks_of_frames(blocks, 1)[columns]
+            if first is None:
+                raise ValueError(f"{select} asks for frames, which clusters have not; use top_row")
             kept = torch.zeros_like(share, dtype=torch.bool)
             for group in (first.nonzero()[:, 0], (~first).nonzero()[:, 0]):
                 if len(group):

@@ -48,12 +48,14 @@ class Lists(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Worklist:
-    """The tables on one device, and which of the lists are in use."""
+    """The tables on one device, the order in which keys are gathered, int32 `[tokens]`, and which
+    of the lists are in use."""
 
     lists: Lists
     predicates: Predicates
     pooled: Pooled
     runs: Runs
+    key_permutation: Tensor
     rows: int
     permuted: bool
     masked: bool
@@ -117,6 +119,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
         ),
         pooled=_moved(groups, device),
         runs=_moved(runs, device),
+        key_permutation=blocks.key_permutation.int().to(device),
         rows=rows,
         permuted=blocks.order != raster(),
         masked=bool((section == 1).any()),

@@ -103,11 +103,12 @@ class GroupAttention:
         dense = None
         if renew or (search and group.needs_lse and (last is None or group.oracle)):
             dense = self._pass(operands, self._lists.full(len(group.heads), grid))
+        flops = float(dense is not None)
         if search:
+            flops += group.search_cost(grid, self._lists.block, again=last is not None)
             last = self._search(group, operands, grid, place.step, last, dense)
             self.memory.find(self._owner(place), last)
         parts = self._lists.analytic(group, grid) if last is None else last.parts
-        flops = float(dense is not None) + search * group.search_cost(grid, self._lists.block)
         if dense is not None and not renew and not group.oracle:
             return Computed(dense[0], DENSE, flops, dense=True)
         sparse = self._pass(operands, parts)
@@ -161,15 +162,23 @@ class GroupAttention:
         if group.needs_lse:
             lse = dense[1] if dense is not None else last.lse if last is not None else None
         with self.stopwatch.stretch("search", operands.query.device):
-            parts = self._lists.found(group, operands, grid, lse)
+            before = None if last is None else last.centroids
+            parts, centroids = self._lists.found(group, operands, grid, lse, before)
             watched = group.scored is not None and self._schedule.recall is not None
             recall = self._recall(operands, parts) if watched else None
-        again = self._schedule.renews_again and not group.oracle
-        return Found(step, parts, lse if again else None, recall)
+        if not self._schedule.renews_again:
+            lse = centroids = None
+        if group.oracle:
+            lse = None
+        return Found(step, parts, lse, recall, centroids)
 
     def _recall(self, operands: Operands, parts: tuple[Part, ...]) -> float:
-        (part,) = parts
-        return block_recall(operands.query, operands.key, part.blocks, scale=operands.scale)
+        held = 0.0
+        for part in parts:
+            own = operands.of(part.heads)
+            recall = block_recall(own.query, own.key, part.blocks, scale=own.scale)
+            held += recall * len(part.heads)
+        return held / operands.query.shape[2]
 
     def _pass(self, operands: Operands, parts: tuple[Part, ...]) -> Pair:
         with self.stopwatch.stretch("attention", operands.query.device):

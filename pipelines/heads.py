@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from dit_sparse.kernels.choosing import choice_cost
+from dit_sparse.kernels.clustered_blocks import cluster_cost
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Choice, Full, OnlinePattern, Pattern
 from dit_sparse.kernels.remainder import Cached, Drop, Pooled, Remainder
-from dit_sparse.kernels.score import Oracle
+from dit_sparse.kernels.score import Clustered, Oracle
 from dit_sparse.kernels.scored import Scored
 
 
@@ -65,11 +66,17 @@ class HeadGroup:
         """Whether anything is kept from step to step."""
         return self.found or self.remainder.cached
 
-    def search_cost(self, grid: TokenGrid, block: int) -> float:
-        """FLOPs of finding the blocks in those of dense attention."""
+    def search_cost(self, grid: TokenGrid, block: int, again: bool) -> float:
+        """FLOPs of finding the blocks in those of dense attention; `again` if they were found
+        before in this generation."""
         if self.choice is not None:
             return choice_cost(self.choice, grid.tokens)
-        return 0.0 if self.scored is None else self.scored.score.cost(block)
+        if self.scored is None:
+            return 0.0
+        score = self.scored.score
+        if isinstance(score, Clustered):
+            return cluster_cost(score, grid, again)
+        return score.cost(block)
 
 
 def head_groups(

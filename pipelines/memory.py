@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dit_sparse.kernels.clustered_blocks import Centroids
 from dit_sparse.kernels.remainder import Cache
 from dit_sparse.pipelines.parts import Part
 
@@ -22,12 +23,14 @@ class Found:
         parts (`tuple[Part, ...]`): the lists.
         lse (`Tensor`, *optional*): of dense attention, for the next search.
         recall (`float`, *optional*): share of attention that the list held when it was found.
+        centroids (`Centroids`, *optional*): of its clusters, for the next search.
     """
 
     step: int
     parts: tuple[Part, ...]
     lse: Tensor | None = None
     recall: float | None = None
+    centroids: Centroids | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,16 +53,21 @@ class Memory:
     found: dict[Hashable, Found] = field(default_factory=dict)
     kept: dict[Hashable, Kept] = field(default_factory=dict)
     peak: int = 0
-    """Most bytes held at once, LSEs of searches included."""
+    """Most bytes held at once, LSEs and centroids of searches included."""
 
     dropped: int = 0
     """Caches that did not fit."""
 
     @property
     def bytes(self) -> int:
-        """Memory held now: caches, and LSEs kept for the next search."""
+        """Memory held now: caches, and LSEs and centroids kept for the next search."""
         lses = [found.lse for found in self.found.values() if found.lse is not None]
-        return self._cached() + sum(lse.numel() * lse.element_size() for lse in lses)
+        centroids = [found.centroids for found in self.found.values() if found.centroids]
+        return (
+            self._cached()
+            + sum(lse.numel() * lse.element_size() for lse in lses)
+            + sum(kept.bytes for kept in centroids)
+        )
 
     def find(self, key: Hashable, found: Found) -> None:
         """Remember a list of blocks."""

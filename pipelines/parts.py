@@ -1,7 +1,8 @@
 """Part: heads of a group that one list of blocks serves, and how lists are made.
 
 analytic patterns   from the grid, once for each resolution
-scored patterns     from queries, keys and, for some scores, the LSE of dense attention
+scored patterns     from queries, keys and, for some scores, the LSE of dense attention; where
+                    they are scored by clusters, one list for each head
 choices             from queries, keys and values; each head then has an analytic pattern
 """
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import BlockIndices, Density, block_indices
 from dit_sparse.kernels.choosing import chosen_patterns
+from dit_sparse.kernels.clustered_blocks import Centroids, clustered_blocks
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Choice, Full, Pattern
 from dit_sparse.kernels.remainder import Pair
+from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.pipelines.heads import HeadGroup, head_groups
@@ -80,13 +83,42 @@ class Lists:
         return (self._part(heads, group.patterns, group.pooled, grid),)
 
     def found(
-        self, group: HeadGroup, operands: Operands, grid: TokenGrid, lse: Tensor | None
-    ) -> tuple[Part, ...]:
-        """The lists of a scored pattern or of a choice."""
-        if group.scored is not None:
-            return (self._scored(group, group.scored, operands, grid, lse),)
-        assert group.choice is not None
-        return self._chosen(group, group.choice, operands, grid)
+        self,
+        group: HeadGroup,
+        operands: Operands,
+        grid: TokenGrid,
+        lse: Tensor | None,
+        last: Centroids | None = None,
+    ) -> tuple[tuple[Part, ...], Centroids | None]:
+        """The lists of a scored pattern or of a choice and, if it is scored by clusters, where
+        they are; `last` is where they were."""
+        if group.scored is None:
+            assert group.choice is not None
+            return self._chosen(group, group.choice, operands, grid), None
+        if isinstance(group.scored.score, Clustered):
+            return self._clustered(group, group.scored, operands, grid, last)
+        return (self._scored(group, group.scored, operands, grid, lse),), None
+
+    def _clustered(
+        self,
+        group: HeadGroup,
+        pattern: Scored,
+        operands: Operands,
+        grid: TokenGrid,
+        last: Centroids | None,
+    ) -> tuple[tuple[Part, ...], Centroids]:
+        lists, centroids = clustered_blocks(
+            pattern,
+            operands.query,
+            operands.key,
+            grid,
+            self.block,
+            scale=operands.scale,
+            last=last,
+            pooled=group.pooled,
+        )
+        parts = (Part((head,), blocks, blocks.density()) for head, blocks in enumerate(lists))
+        return tuple(parts), centroids
 
     def _scored(
         self,

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from dit_sparse.kernels.clustered_blocks import centroid_bytes
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import (
     Full,
@@ -23,7 +24,7 @@ from dit_sparse.kernels.pattern import (
     pattern_to_dict,
 )
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
-from dit_sparse.kernels.score import Oracle
+from dit_sparse.kernels.score import Clustered, Oracle
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
@@ -211,16 +212,20 @@ class Plan:
 
     def cache_bytes(self, grid: TokenGrid, batch: int = 1) -> int:
         """Memory that one guidance branch keeps between the steps of a generation on `grid`: the
-        caches of remainders, at most their limit, and the LSEs for further searches."""
-        caches = lses = 0
+        caches of remainders, at most their limit, and the LSEs and centroids for further
+        searches."""
+        caches = searches = 0
         for layer, patterns in self.assignment.items():
             head_dim = self.model[layer.partition(".")[0]].head_dim
             for pattern, remainder in zip(patterns, self.remainders_of(layer), strict=True):
                 caches += cache_bytes(remainder, batch, grid.tokens, 1, head_dim)
-                score = pattern.score if isinstance(pattern, Scored) else None
-                if score is not None and score.needs_lse and not isinstance(score, Oracle):
-                    lses += self.schedule.renews_again * batch * grid.tokens * LSE_BYTES
-        return lses + (caches if self.cache_limit is None else min(caches, self.cache_limit))
+                if not isinstance(pattern, Scored) or not self.schedule.renews_again:
+                    continue
+                if pattern.score.needs_lse and not isinstance(pattern.score, Oracle):
+                    searches += batch * grid.tokens * LSE_BYTES
+                if isinstance(pattern.score, Clustered):
+                    searches += centroid_bytes(pattern.score, grid, batch, head_dim)
+        return searches + (caches if self.cache_limit is None else min(caches, self.cache_limit))
 
     def check(self, pipe: Any) -> None:
         """Raise `ValueError` unless the plan was made for the transformers of `pipe`."""

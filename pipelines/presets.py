@@ -20,7 +20,7 @@ from dit_sparse.kernels.pattern import (
 )
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
 from dit_sparse.kernels.scaling import at_density, at_grid
-from dit_sparse.kernels.score import Mass, Means, Oracle, Random, Sampled
+from dit_sparse.kernels.score import Clustered, Mass, Means, Oracle, Random, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Tiers, TopRow
 from dit_sparse.pipelines.schedule import Schedule
@@ -142,6 +142,14 @@ PRESETS: dict[str, Preset] = {
         50,
         Neighborhood.sliding_tiles((3, 3, 3)),
         Schedule(dense_first=12),
+    ),
+    "svg2": Preset(
+        "arXiv 2505.18875, the authors' code for Wan 2.1 at 720p: one dense layer",
+        WAN,
+        50,
+        Scored(Clustered(300, 1000), Cumulative(0.9, floor=0.1)),
+        Schedule(dense_first=10, renew_every=1),
+        dense_layers=1,
     ),
     "radial": Preset(
         "arXiv 2506.19852, the authors' code for Wan 2.1: decay 0.2, sink, one dense layer",

@@ -23,7 +23,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Pattern, Skip
 from dit_sparse.kernels.ranking import Ranking
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
-from dit_sparse.kernels.score import Mass
+from dit_sparse.kernels.score import BlockScore, Mass
 from dit_sparse.kernels.scored import OrderName, Scored
 from dit_sparse.kernels.scored_blocks import geometry
 from dit_sparse.kernels.select import TopRow
@@ -145,7 +145,11 @@ def blocks_like(candidate: Candidate, grid: TokenGrid, block: int) -> BlockIndic
 
 def search_cost(pattern: Pattern, block: int) -> float:
     """FLOPs of finding the blocks of `pattern` once, in those of dense attention."""
-    return pattern.score.cost(block) if isinstance(pattern, Scored) else 0.0
+    if not isinstance(pattern, Scored):
+        return 0.0
+    # Clusters are not searched: what finding them takes grows with the grid.
+    assert isinstance(pattern.score, BlockScore)
+    return pattern.score.cost(block)
 
 
 def _neighborhoods(grid: TokenGrid) -> list[Neighborhood]:

@@ -17,7 +17,7 @@ struct Windows {
 struct Call {
   Operand query, key, value, output;
   float* lse;                    // [batch][heads][tokens]
-  const int64_t* permutation;    // position -> token
+  const int64_t *permutation, *key_permutation;  // position of a query, of a key -> token
   const int64_t *query_offsets, *key_offsets;
   const int32_t *row_pointer, *key_block;
   const int8_t* tag;

@@ -37,7 +37,7 @@ struct Mass : Reader<Mode, Element> {
     const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
     int keys = 0;
     for (int i = 0; i < count; i++) {
-      const int64_t token = call.permutation[first + i];
+      const int64_t token = call.key_permutation[first + i];
       if (hidden && hidden[token]) continue;
       this->copy(this->at(call.key, token), scratch.keys + (int64_t)keys++ * scratch.depth);
     }

@@ -196,7 +196,7 @@ struct Row : Reader<Mode, Element> {
     for (int64_t first = call.key_offsets[block]; first < end; first += run) {
       int64_t tokens[1 << 7], count = 0;
       for (int64_t i = first; i < std::min(first + run, end); i++)
-        if (!hidden || !hidden[call.permutation[i]]) tokens[count++] = call.permutation[i];
+        if (!hidden || !hidden[call.key_permutation[i]]) tokens[count++] = call.key_permutation[i];
       if (!count) continue;
       float* key = scratch.keys + (int64_t)keys * scratch.depth;
       float* value = scratch.values + (int64_t)keys * scratch.width;

@@ -228,6 +228,10 @@ def test_wrong_requests_are_named(build, message: str):
             {"permutation": torch.zeros(90, dtype=torch.int64)},
             "permutation must hold every token once",
         ),
+        (
+            {"key_permutation": torch.zeros(90, dtype=torch.int64)},
+            "key_permutation must hold every token once",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

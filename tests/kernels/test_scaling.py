@@ -4,7 +4,7 @@ from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern, Radial, Sink, Skip
 from dit_sparse.kernels.scaling import at_density, at_grid
-from dit_sparse.kernels.score import Mass
+from dit_sparse.kernels.score import Clustered, Mass
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import (
     Bands,
@@ -36,6 +36,15 @@ def test_windows_keep_their_share_of_every_axis() -> None:
 def test_bands_keep_their_density(axis_order: str) -> None:
     band = Band.of_density(0.3, SOURCE, axis_order)  # type: ignore[arg-type]
     assert at_grid(band, SOURCE, GRID) == Band.of_density(0.3, GRID, axis_order)  # type: ignore[arg-type]
+
+
+def test_clusters_keep_their_sizes() -> None:
+    source, grid = TokenGrid(20, 10, 10), TokenGrid(10, 10, 8)
+    pattern = Scored(Clustered(30, 100), Cumulative(0.9, 0.1))
+    for shape, score in ((grid, Clustered(12, 40)), (TokenGrid(1, 2, 2), Clustered(1, 1))):
+        assert at_grid(pattern, source, shape) == Scored(score, Cumulative(0.9, 0.1))
+    expected = Scored(Clustered(30, 100), Cumulative(0.9, 0.25, 0.25))
+    assert at_density(pattern, 0.25, grid, BLOCK) == expected
 
 
 def test_bands_inside_frames_are_scaled_by_the_frame() -> None:

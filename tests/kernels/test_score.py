@@ -13,7 +13,7 @@ from dit_sparse.kernels.order import TokenOrder, gilbert, pixel_major, raster, t
 from dit_sparse.kernels.pattern import Full
 from dit_sparse.kernels.ranking import score_blocks
 from dit_sparse.kernels.sample import sampled_rows
-from dit_sparse.kernels.score import Checked, Mass, Means, Random, Sampled, Score
+from dit_sparse.kernels.score import BlockScore, Checked, Mass, Means, Random, Sampled
 
 GRIDS = [
     TokenGrid(3, 5, 7),
@@ -24,7 +24,7 @@ GRIDS = [
     TokenGrid(3, 5, 7, text_after=40, valid_text=(40, 3)),
 ]
 ORDERS = [raster(), pixel_major(), gilbert(), tile(2, 3, 4)]
-SCORES: list[Score] = [Mass(), Mass(None), Sampled(), Sampled(5), Means(0.02), Means(-1.0)]
+SCORES: list[BlockScore] = [Mass(), Mass(None), Sampled(), Sampled(5), Means(0.02), Means(-1.0)]
 
 
 def cut(grid: TokenGrid, order: TokenOrder | None = None, block_q=16, block_k=24) -> BlockIndices:
@@ -217,7 +217,7 @@ def test_SP2_where_nothing_is_alike_everything_is_forced(operands):
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS[4:], ids=str)
-def test_G9_padded_text_never_counts(score: Score, grid: TokenGrid, operands):
+def test_G9_padded_text_never_counts(score: BlockScore, grid: TokenGrid, operands):
     query, key, _ = operands(grid.tokens, 2, 33)
     lse = logits_of(query, key, grid).logsumexp(-1).float()
     blocks = cut(grid)
@@ -234,7 +234,7 @@ def test_G9_padded_text_never_counts(score: Score, grid: TokenGrid, operands):
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_computed_in_float32(score: Score, dtype: torch.dtype, operands):
+def test_low_precision_is_computed_in_float32(score: BlockScore, dtype: torch.dtype, operands):
     grid = GRIDS[3]
     query, key, _ = operands(grid.tokens, 2, 33, dtype=dtype)
     lse = logits_of(query, key, grid).logsumexp(-1).float()
@@ -246,7 +246,7 @@ def test_low_precision_is_computed_in_float32(score: Score, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
-def test_strides_do_not_matter_and_the_batch_is_averaged(score: Score, operands):
+def test_strides_do_not_matter_and_the_batch_is_averaged(score: BlockScore, operands):
     grid = GRIDS[2]
     query, key, _ = operands(grid.tokens, 2, 33, batch=3)
     lse = logits_of(query, key, grid).logsumexp(-1).float()

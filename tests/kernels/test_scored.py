@@ -13,7 +13,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import gilbert, pixel_major, raster
 from dit_sparse.kernels.pattern import AnyOf, Scored, Sink, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.pattern_text import pattern_from_text
-from dit_sparse.kernels.score import Mass, Means, Sampled
+from dit_sparse.kernels.score import Clustered, Mass, Means, Sampled
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.kernels.select import Bands, Cumulative, Grouped, Tiers, TopHead, TopRow
 
@@ -25,6 +25,7 @@ PATTERNS = [
     Scored(Means(0.1), TopRow(0.4)),
     Scored(Means(), TopHead(0.5)),
 ]
+CLUSTERED = Scored(Clustered(30, 100), Cumulative(0.9, 0.1))
 GRIDS = [
     TokenGrid(3, 5, 7),
     TokenGrid(3, 5, 7, text_before=9, text_after=5),
@@ -127,7 +128,7 @@ def test_its_pairs_are_known_only_while_denoising():
             use()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS, CLUSTERED], ids=str)
 def test_it_survives_json(pattern: Scored):
     written = json.dumps(pattern_to_dict(pattern))
     assert pattern_from_dict(json.loads(written)) == pattern
@@ -150,7 +151,7 @@ def test_its_json_is_nested_values():
         (
             {"score": {"kind": "guess"}},
             "score of pattern 'scored' must be a score of kind mass, sampled, means, random, "
-            "checked, got {'kind': 'guess'}",
+            "checked, clustered, got {'kind': 'guess'}",
         ),
         ({"score": {"kind": ["mass"]}}, "score of pattern 'scored' must be a score of kind"),
         ({"score": "mass"}, "score of pattern 'scored' must be a score of kind mass"),
@@ -214,6 +215,7 @@ def test_it_prints_what_it_is():
         "scored means alike above 0.1, top 0.4 of rows, raster",
         "scored means alike above 0.6, top 0.5 of heads, raster",
     ]
+    assert str(CLUSTERED) == "scored 30 x 100 clusters, cumulative 0.9 in 0.1..1"
 
 
 def test_it_names_its_order():

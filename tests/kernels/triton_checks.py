@@ -14,8 +14,15 @@ from torch import Tensor
 
 from dit_sparse.kernels import target
 from dit_sparse.kernels.attention import sparse_attention
-from dit_sparse.kernels.blocks import BlockIndices, block_indices, from_block_mask, from_tags
+from dit_sparse.kernels.blocks import (
+    BlockIndices,
+    block_indices,
+    from_block_mask,
+    from_cuts,
+    from_tags,
+)
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.counts import cut
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import pixel_major, raster, tile
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
@@ -148,6 +155,16 @@ def test_pooled_keys(block: int, levels: int, valid_text: tuple[int, int] | None
     tags[tags == -1] = -2
     tags[1, 0] = -2
     check(from_tags(tags, grid, order, 32, block), 40, torch.float32)
+
+
+@pytest.mark.parametrize("valid_text", [None, (5, 0)])
+def test_queries_and_keys_in_orders_of_their_own(valid_text: tuple[int, int] | None):
+    grid = replace(GRID, valid_text=valid_text)
+    sides = cut(grid, tile(2, 3, 4), 16), cut(grid, pixel_major(), 24)
+    shape = 2, *(len(side.offsets) - 1 for side in sides)
+    tags = torch.randint(-2, 4, shape, generator=torch.Generator().manual_seed(3)).to(torch.int8)
+    tags[tags == -1] = -2
+    check(from_cuts(tags, grid, sides, (16, 24)), 40, torch.float32)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.0, -0.2])

@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
 from dit_sparse.kernels.choosing import chosen_patterns
+from dit_sparse.kernels.clustered_blocks import Centroids, cluster_cost, clustered_blocks
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Choice, Full, Pattern, Skip
 from dit_sparse.kernels.remainder import (
@@ -22,10 +23,10 @@ from dit_sparse.kernels.remainder import (
     cache_bytes,
     cache_of,
 )
-from dit_sparse.kernels.score import Mass, Oracle, Sampled
+from dit_sparse.kernels.score import Clustered, Mass, Oracle, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
-from dit_sparse.kernels.select import TopRow
+from dit_sparse.kernels.select import Cumulative, TopRow
 from dit_sparse.pipelines.group_attention import Computed, GroupAttention, Place
 from dit_sparse.pipelines.heads import HeadGroup
 from dit_sparse.pipelines.parts import Operands
@@ -36,6 +37,7 @@ BLOCK, HEADS = 8, 2
 MASS = Scored(Mass(rows=None), TopRow(0.5))
 SAMPLED = Scored(Sampled(4), TopRow(0.5))
 CHOICE = Choice((Band(30), Skip()))
+CLUSTERED = Scored(Clustered(4, 6, first=3, again=1), Cumulative(0.6, 0.2))
 
 
 def operands(step: int, branch: str = "cond", turn: float = 0.2) -> Operands:
@@ -154,6 +156,59 @@ def test_scores_without_an_lse_never_run_dense() -> None:
         assert not came.dense
         assert_same(came.output, attend(operands(step), found)[0])
         assert came.flops == pytest.approx(found.density().weighted + 0.5 * (4 / BLOCK) ** 2)
+
+
+def by_clusters(of: Operands, last: Centroids | None) -> tuple[Tensor, float, Centroids]:
+    """Output and weighted density of lists of clusters, and where these are."""
+    lists, last = clustered_blocks(CLUSTERED, of.query, of.key, GRID, BLOCK, last=last)
+    outputs = [attend(of.of((head,)), blocks)[0] for head, blocks in enumerate(lists)]
+    weighted = sum(blocks.density().weighted for blocks in lists) / HEADS
+    return torch.cat(outputs, 2), weighted, last
+
+
+def test_S23_clusters_go_on_from_step_to_step_and_begin_anew_with_a_generation() -> None:
+    run, compute = runner(CLUSTERED, Drop(), Schedule(renew_every=1))
+    score = CLUSTERED.score
+    assert isinstance(score, Clustered)
+    for _ in range(2):
+        last, afresh = None, True
+        for step in range(3):
+            came, before = run(step), last
+            expected, weighted, last = by_clusters(operands(step), last)
+            assert not came.dense
+            assert_same(came.output, expected)
+            cost = cluster_cost(score, GRID, again=before is not None)
+            assert came.flops == pytest.approx(weighted + cost)
+            assert came.density.weighted == pytest.approx(weighted)
+            if step:
+                afresh &= torch.equal(expected, by_clusters(operands(step), None)[0])
+        assert not afresh, "the test cannot tell clusters that go on from new ones"
+        compute.begin()
+
+
+def test_S23_guidance_branches_have_centroids_of_their_own() -> None:
+    schedule = Schedule(renew_every=1)
+    together, compute = runner(CLUSTERED, Drop(), schedule)
+    alone = {branch: runner(CLUSTERED, Drop(), schedule)[0] for branch in ("cond", "uncond")}
+    for step in range(3):
+        for branch in ("cond", "uncond"):
+            assert torch.equal(together(step, branch).output, alone[branch](step, branch).output)
+    kept = [found.centroids for found in compute.memory.found.values()]
+    assert len(kept) == 2
+    assert kept[0] is not None
+    assert kept[1] is not None
+    assert not torch.equal(kept[0].key, kept[1].key)
+    assert compute.memory.bytes == kept[0].bytes + kept[1].bytes
+
+
+def test_clusters_that_are_found_once_leave_nothing_to_go_on_from() -> None:
+    run, compute = runner(CLUSTERED, Drop(), Schedule())
+    run(0)
+    assert compute.memory.bytes == 0
+    found = compute.memory.found["cond", "a", 0]
+    assert [part.heads for part in found.parts] == [(0,), (1,)]
+    run(1)
+    assert compute.memory.found["cond", "a", 0] is found
 
 
 def test_SG_heads_that_choose_differently_run_what_they_chose() -> None:
@@ -290,8 +345,11 @@ def test_caches_beyond_the_limit_are_those_of_least_loss() -> None:
     assert_same(came.output, attend(layers[least], listed(Band(9)))[0])
 
 
-def test_SD3_a_pattern_that_moves_is_searched_again() -> None:
-    run, compute = runner(MASS, Drop(), Schedule(recall=0.9))
+@pytest.mark.parametrize(
+    "pattern", [MASS, Scored(Clustered(35, 35), TopRow(0.4))], ids=["mass", "clusters"]
+)
+def test_SD3_a_pattern_that_moves_is_searched_again(pattern: Scored) -> None:
+    run, compute = runner(pattern, Drop(), Schedule(recall=0.9))
     run(0)
     before = compute.memory.found["cond", "a", 0].parts
     run(1)
@@ -301,7 +359,7 @@ def test_SD3_a_pattern_that_moves_is_searched_again() -> None:
     after = compute.memory.found["cond", "a", 0]
     assert after.step == 2
     assert after.parts is not before
-    quiet, other = runner(MASS, Drop(), Schedule())
+    quiet, other = runner(pattern, Drop(), Schedule())
     quiet(0)
     quiet(2, of=moved)
     assert other.memory.found["cond", "a", 0].step == 0

@@ -11,9 +11,9 @@ from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Pattern, Skip
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
-from dit_sparse.kernels.score import Mass, Oracle, Sampled
+from dit_sparse.kernels.score import Clustered, Mass, Oracle, Sampled
 from dit_sparse.kernels.scored import Scored
-from dit_sparse.kernels.select import Bands, Tiers, TopRow
+from dit_sparse.kernels.select import Bands, Cumulative, Tiers, TopRow
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
@@ -22,6 +22,7 @@ from tests.hooked import wan_inputs
 
 MASS = Scored(Mass(rows=None), TopRow(0.4))
 SAMPLED = Scored(Sampled(8), Bands((0.2, 0.4, 0.6, 0.8), "rank"), "gilbert", sink_frames=1)
+CLUSTERED = Scored(Clustered(4, 8, first=5), Cumulative(0.7, 0.1))
 
 
 def plan_of(
@@ -38,6 +39,9 @@ PRODUCT = pytest.mark.parametrize(
         (SAMPLED, Drop()),
         (Scored(Oracle(), TopRow(0.4)), Complement()),
         (SAMPLED, Rescale()),
+        (CLUSTERED, Drop()),
+        (CLUSTERED, Complement()),
+        (CLUSTERED, Pooled(2)),
         (Band(3), Complement("float8")),
         (Band(3, "pixel_major"), Pooled(2)),
         (Skip(), Complement()),
@@ -68,7 +72,7 @@ def test_a_generation_is_the_same_whatever_ran_before(
     assert first.isfinite().all()
     calls = 2 * 2 * 6
     assert report.sparse_calls + sum(report.dense_calls.values()) == calls
-    assert (report.cache_bytes > 0) == (remainder.cached or pattern is MASS)
+    assert (report.cache_bytes > 0) == (remainder.cached or pattern in (MASS, CLUSTERED))
 
 
 def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def test_RE_complement_of_every_step_is_dense() -> None:
 def test_batched_guidance_has_one_list_and_a_cache_for_each_sample() -> None:
     pipe = tiny.cogvideox()
     dense = tiny.generate(pipe)
-    for pattern in (MASS, Scored(Mass(), Tiers(0.4))):
+    for pattern in (MASS, Scored(Mass(), Tiers(0.4)), CLUSTERED):
         plan = plan_of(pipe, pattern, Complement("float32"), Schedule())
         with enable_sparse_attention(pipe, plan) as hook:
             output = tiny.generate(pipe)
@@ -126,6 +130,19 @@ def test_caches_take_the_bytes_that_the_plan_says(storage: Any) -> None:
     with enable_sparse_attention(pipe, plan) as hook:
         tiny.generate(pipe)
         assert hook.report().cache_bytes == 2 * plan.cache_bytes(TokenGrid(3, 4, 4))
+
+
+def test_centroids_take_the_bytes_that_the_plan_says() -> None:
+    grid, pipe = TokenGrid(3, 4, 4), tiny.wan()
+    # Two layers of heads with 4 + 8 centroids in bfloat16.
+    for schedule, each in ((Schedule(1, renew_every=1), 12 * 2), (Schedule(1), 0)):
+        plan = plan_of(pipe, CLUSTERED, Drop(), schedule)
+        model = plan.model["transformer"]
+        heads = sum(len(patterns) for patterns in plan.assignment.values())
+        assert plan.cache_bytes(grid) == heads * model.head_dim * each
+        with enable_sparse_attention(pipe, plan) as hook:
+            tiny.generate(pipe)
+            assert hook.report().cache_bytes == 2 * plan.cache_bytes(grid)
 
 
 def test_a_limit_holds_and_is_reported() -> None:

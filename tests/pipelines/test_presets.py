@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import pytest
+import torch
 
 from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full, Neighborhood
 from dit_sparse.kernels.remainder import Drop, Pooled, Rescale
+from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.select import Cumulative
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
@@ -51,6 +56,33 @@ def test_steps_keep_their_share_of_the_generation() -> None:
     assert schedule("re-ttention", 20) == Schedule(dense_first=6, renew_every=2)
     assert schedule("sparsed", 1024) == Schedule(dense_first=205)
     assert schedule("asa", 8) == Schedule(renew_every=1)
+
+
+def test_svg2_has_the_clusters_of_the_authors_script_and_keeps_their_sizes() -> None:
+    preset = PRESETS["svg2"]
+    assert preset.pattern == Scored(Clustered(300, 1000, 50, 2), Cumulative(0.9, 0.1))
+    assert preset.schedule == Schedule(dense_first=10, renew_every=1)
+    tokens = (15, 16, 16)
+    fitted = preset.fitted(TokenGrid(*tokens), 20, None).pattern
+    assert isinstance(fitted, Scored)
+    assert fitted.score == Clustered(15, 51)
+
+
+def test_svg2_runs_with_several_clusters_and_batched_guidance() -> None:
+    pipe = tiny.cogvideox()
+    dense = tiny.generate(pipe)
+    plan = Plan.preset("svg2", pipe, grid=(3, 40, 40), steps=20)
+    plan = replace(plan, schedule=replace(plan.schedule, dense_first=0))
+    outputs = []
+    for _ in range(2):
+        with enable_sparse_attention(pipe, plan) as hook:
+            outputs.append(tiny.generate(pipe))
+            density = hook.report().density_sparse
+        assert density is not None
+        assert 0.2 < density.block < 1
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], dense)
+    assert (outputs[0] - dense).norm() / dense.norm() < 0.5
 
 
 def test_presets_keep_their_remainders() -> None:
