@@ -7,6 +7,7 @@
     python samples/quality.py flops       # the same in samples/quality/flops/, at equal FLOPs
     python samples/quality.py rank        # predicted errors of random plans beside their PSNR
     python samples/quality.py promises    # budgets of a PSNR and a speed-up, on unseen prompts
+    python samples/quality.py transfer    # a plan at other sizes and numbers of steps
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
 of the search within the density, the one of least total error is taken.
@@ -19,7 +20,7 @@ import json
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -32,13 +33,16 @@ import cache_study
 from dit_sparse.comparison import Comparison, compare, write_comparison
 from dit_sparse.environment import environment
 from dit_sparse.generate import sample
+from dit_sparse.kernels.pattern import Columns
 from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.transfer import transferred
 from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import read_prompts
 from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.space import KINDS
 from dit_sparse.search.timing import Timing
 from dit_sparse.session import Session, open_session
 from dit_sparse.video import replacing
@@ -50,7 +54,14 @@ RESULTS = SAMPLES / "quality"
 DENSITIES = (0.5, 0.3, 0.2)
 PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
 PRESET_PROMPTS = CACHE_PROMPTS = 1
-FLOPS_PROMPTS = 2
+FLOPS_PROMPTS = TRANSFER_PROMPTS = 2
+TRANSFERRED = 0.3
+ELSEWHERE: dict[str, dict[str, int]] = {
+    "13x12x20": {"frames": 25, "height": 48, "width": 80},
+    "11x20x20": {"frames": 21, "height": 80, "width": 80},
+    "30-steps": {"steps": 30},
+}
+"""Other sizes than the default 15x16x16 tokens and 20 steps."""
 
 
 def main() -> None:
@@ -63,6 +74,7 @@ def main() -> None:
         "flops": flops,
         "rank": rank,
         "promises": promises,
+        "transfer": transfer,
     }
     parser.add_argument("what", choices=works)
     works[parser.parse_args().what]()
@@ -92,7 +104,31 @@ def search() -> None:
     _write(RESULTS / "search" / "cost.json", cost)
 
 
-def _searched(session: Session, budget: Budget, work: Path | None = None) -> Plan:
+def transfer() -> None:
+    """A plan of the default size at other sizes and numbers of steps: as it is, carried over, and
+    searched there."""
+    session = open_session(MODEL)
+    budget = Budget(flops=TRANSFERRED)
+    # Columns list blocks of their own grid.
+    kinds = [kind for kind in KINDS if kind != Columns.kind]
+    home = _searched(session, budget, candidates=kinds)
+    for name, changes in ELSEWHERE.items():
+        away = replace(session, settings=replace(session.settings, **changes))
+        there = _searched(away, budget, candidates=kinds)
+        plans = {
+            "as it is": home,
+            "carried over": transferred(home, grid=there.grid, steps=away.settings.steps),
+            "searched there": there,
+        }
+        _compare(away, plans, TRANSFER_PROMPTS, RESULTS / "transfer" / name, table)
+
+
+def _searched(
+    session: Session,
+    budget: Budget,
+    work: Path | None = None,
+    candidates: Collection[str] = KINDS,
+) -> Plan:
     settings = session.settings
     return search_plan(
         session.pipe,
@@ -103,6 +139,7 @@ def _searched(session: Session, budget: Budget, work: Path | None = None) -> Pla
         width=settings.width,
         frames=settings.frames,
         guidance=settings.guidance,
+        candidates=candidates,
         work=work,
         progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr),
     )
