@@ -124,7 +124,8 @@ def table(result: Comparison) -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|",
         *(_row(setting, plan) for setting, plan in rows),
         "",
-        *(_finding(pattern, found) for pattern in STUDIED),
+        *(f"* {_finding(pattern, found)}" for pattern in STUDIED),
+        "",
     ]
 
 

@@ -151,7 +151,7 @@ def test_its_json_is_nested_values():
         (
             {"score": {"kind": "guess"}},
             "score of pattern 'scored' must be a score of kind mass, sampled, means, random, "
-            "checked, clustered, got {'kind': 'guess'}",
+            "checked, oracle, clustered, got {'kind': 'guess'}",
         ),
         ({"score": {"kind": ["mass"]}}, "score of pattern 'scored' must be a score of kind"),
         ({"score": "mass"}, "score of pattern 'scored' must be a score of kind mass"),

@@ -3,7 +3,7 @@
 import random
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.kernels.remainder import Cache, Complement
@@ -27,6 +27,7 @@ def left(caches: list[tuple[float, int]], order: list[int], limit: int) -> set[i
     return present  # type: ignore[return-value]
 
 
+@settings(deadline=None)
 @given(
     losses=st.lists(st.integers(0, 1000), min_size=1, max_size=12, unique=True),
     fit=st.integers(0, 12),
@@ -42,6 +43,7 @@ def test_of_caches_of_one_size_those_that_lose_most_are_left_in_any_order(
     assert left(caches, order, fit * 12 + spare) == set(ranking[:fit])
 
 
+@settings(deadline=None)
 @given(
     caches=st.lists(
         st.tuples(st.integers(0, 1000), st.integers(1, 40)),

@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.pipelines.schedule import Schedule
@@ -59,6 +59,7 @@ def test_a_renewal_that_fell_on_a_skipped_step_is_made_up_for() -> None:
     assert schedule.renews(9, 5)
 
 
+@settings(deadline=None)
 @given(period=st.integers(1, 9), first=st.integers(0, 9), layers=st.integers(1, 20))
 def test_staggered_layers_take_turns_of_one_period(period: int, first: int, layers: int) -> None:
     schedule, steps = Schedule(first, renew_every=period, stagger=True), first + 4 * period
@@ -73,6 +74,7 @@ def test_staggered_layers_take_turns_of_one_period(period: int, first: int, laye
     assert set(busy) <= {layers // period, -(-layers // period)}
 
 
+@settings(deadline=None)
 @given(
     period=st.integers(1, 6),
     layer=st.integers(0, 12),
