@@ -184,7 +184,7 @@ class Scoring:
         distance = Distance(dense.output[:, :, 0], self._projection(layer), counts)
         followed = [
             (sight, self._under(call, sight, distance))
-            for sight in (*self._sights, self._columns(layer))
+            for sight in (*self._sights, *self._columns(layer))
         ]
         sums = self.sums.setdefault(layer, self._nothing(layer))
         for anchor, age in sighted:
@@ -244,14 +244,16 @@ class Scoring:
             sights.append(lens.at_blocks(self._rows, numbers, tables))
         return tuple(sights)
 
-    def _columns(self, layer: str) -> Sight:
-        """What the rows see under the columns that each head has for itself."""
+    def _columns(self, layer: str) -> tuple[Sight, ...]:
+        """What the rows see under the columns that each head has for itself, if any are tried."""
+        if not self._space.column_counts:
+            return ()
         masks = []
         for count in self._space.column_counts:
             heads = [columns(m, count, self._grid, self._block) for m in self.column_mass[layer]]
             masks.append(torch.stack([p.rows(self._grid, self._rows) for p in heads]))
         slots = range(len(self._space.patterns), self._space.slots)
-        return Sight(tuple(slots), tuple(masks), None, None)
+        return (Sight(tuple(slots), tuple(masks), None, None),)
 
     def _under(
         self, call: Call, sight: Sight, distance: Distance
