@@ -126,7 +126,7 @@ def search_plan(
     last = steps - 1 if generated else seen_at.last
     total = len(prompts) * (last + 1 + generated * CHECKS * steps)
     generations = Generations(pipe, prompts, steps, arguments, seed, total, progress)
-    told = settings | {"model": base.digest, "block": block, "last": last}
+    told = settings | {"model": base.digest, "block": block, "last": last, "videos": generated}
     told |= {"sightings": [seen_at.steps, seen_at.anchors, seen_at.ages]}
     record = Record(None if work is None else Path(work), told)
     seen = [
