@@ -150,7 +150,7 @@ def test_another_model_is_refused(search: Search, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         search(work=tmp_path, progress=killed_at(1))
     with pytest.raises(ValueError, match="holds what another search has seen"):
-        search_plan(tiny.wan(layers=2), PROMPTS, Budget(flops=0.5), **(SMALL | {"work": tmp_path}))
+        search_plan(tiny.wan(layers=2), PROMPTS, Budget(flops=0.5), work=tmp_path, **SMALL)
 
 
 def test_videos_are_kept_for_a_psnr(
