@@ -71,12 +71,12 @@ def course(keeping: Keeping, schedule: Schedule, steps: int) -> Course:
 
     Raises:
         ValueError: if the schedule depends on noise levels or on recall, which are known only
-            while denoising.
+            while denoising, or on what the other guidance branch found.
     """
-    if schedule.sigma_above is not None or schedule.recall is not None:
+    if schedule.sigma_above is not None or schedule.recall is not None or schedule.share_branches:
         raise ValueError(
             f"a search needs a schedule that is known beforehand, came {schedule}; give counts of "
-            "dense steps and a period, without sigma_above and recall"
+            "dense steps and a period, without sigma_above, recall and share_branches"
         )
     dense = sparse = searches = 0
     last: int | None = None
@@ -139,10 +139,15 @@ def sightings(steps: int, schedules: tuple[Schedule, ...], anchors: int) -> Sigh
     spread over those that are sparse under one of them, from the first on.
 
     Raises:
-        ValueError: if no step is sparse under any of the schedules.
+        ValueError: if no step is sparse under any of the schedules, or there are none.
     """
     if anchors < 1:
         raise ValueError(f"anchors must be at least 1, came {anchors}")
+    if not schedules:
+        raise ValueError(
+            f"there is no schedule to choose from for {steps} steps; give schedules, or use more "
+            "steps"
+        )
     known = [course(Keeping(False, False, False), schedule, steps) for schedule in schedules]
     sparse = sorted({step for each in known for step, _ in each.errs})
     if not sparse:

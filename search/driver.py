@@ -137,7 +137,7 @@ def search_plan(
     total = len(prompts) * (last + 1 + generated * CHECKS * steps)
     total += propagate * len(base.assignment) * steps
     generations = Generations(pipe, prompts, steps, arguments, seed, total, progress)
-    told = settings | {"model": base.digest, "block": block, "last": last}
+    told = settings | {"model": base.digest, "block": block, "last": last, "videos": whole}
     told |= {"sightings": [seen_at.steps, seen_at.anchors, seen_at.ages]}
     record = Record(None if work is None else Path(work), told)
     seen = [

@@ -305,10 +305,11 @@ class Evidence:
         """Kept by some candidates of every layer, over all guidance branches."""
         tokens, remainders = self.grid.tokens, self.space.remainders
         lse = LSE_BYTES * tokens if keeping.lse and schedule.renews_again else 0
-        rows = [
-            [cache_bytes(remainders[n % len(remainders)], 1, tokens, 1, dim) for n in numbers]
+        each = {
+            dim: [cache_bytes(remainder, 1, tokens, 1, dim) for remainder in remainders]
             for dim in self.head_dim
-        ]
+        }
+        rows = [[each[dim][n % len(remainders)] for n in numbers] for dim in self.head_dim]
         return self.copies * (torch.tensor(rows).double() + lse)[:, None]
 
 

@@ -39,10 +39,10 @@ def evidence_of(
     errors, masses = [], []
     for layer in layers:
         sums = [each.sums[layer] for each in seen if layer in each.sums]
-        if not sums:
+        if not any(each.count.any() for each in sums):
             raise ValueError(
-                f"{layer} did not run at the steps that were looked at, so nothing is known about "
-                "it; raise anchors"
+                f"{layer} did not run at the steps that renewals were tried at, so nothing is "
+                "known about it; raise anchors"
             )
         error = sum((each.error for each in sums[1:]), start=sums[0].error)
         count = sum((each.count for each in sums[1:]), start=sums[0].count)

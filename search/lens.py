@@ -78,14 +78,19 @@ class Lens:
             _table(block_indices((p,), self.grid, self.order, self.block, self.block))
             for p in patterns
         ]
-        return Sight(tuple(slots), tuple(keys), self._means(rows, tables), self)
+        visited = [table.to(rows.device) for table in self.row_tables(rows, tables)]
+        return Sight(tuple(slots), tuple(keys), self._means(visited), self)
 
-    def at_blocks(self, rows: Tensor, slots: Sequence[int], tables: Sequence[Tensor]) -> Sight:
-        """What rows see of the blocks that they visit, bool `[heads, query blocks, key blocks]`
-        for each candidate."""
-        at, of_key = self._block_of.to(rows.device)[rows], self._block_of.to(rows.device)
-        keys = [table.to(rows.device)[:, at][..., of_key] for table in tables]
-        return Sight(tuple(slots), tuple(keys), self._means(rows, tables), self)
+    def row_tables(self, rows: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of tables of blocks, bool `[heads, query blocks, key blocks]`, the lines that `rows`
+        lie in: `[heads, rows, key blocks]`."""
+        at = self._block_of[rows.cpu()]
+        return tuple(table[:, at.to(table.device)] for table in tables)
+
+    def at_blocks(self, slots: Sequence[int], tables: Sequence[Tensor]) -> Sight:
+        """What rows see of the blocks that they visit, by `row_tables` of each candidate."""
+        keys = [table[..., self._block_of.to(table.device)] for table in tables]
+        return Sight(tuple(slots), tuple(keys), self._means(tables), self)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, valid: Tensor | None
@@ -108,12 +113,12 @@ class Lens:
         attention = RowAttention.of(query, key, value, rows, valid=valid)
         return attention.and_keys(picked, key_means, value_means, bias)
 
-    def _means(self, rows: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def _means(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The runs of all blocks that rows do not visit."""
         if self.level is None:
             return None
-        block, at = self._runs[1], self._block_of[rows.cpu()]
-        return tuple((~table.cpu()[:, at][..., block]).to(rows.device) for table in tables)
+        block = self._runs[1]
+        return tuple(~table[..., block.to(table.device)] for table in tables)
 
     @cached_property
     def _block_of(self) -> Tensor:

@@ -57,10 +57,10 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """What the sampled rows keep of a renewal: what they see under the patterns that were found,
-    and the caches, by first slot of the sight and number of the remainder."""
+    """What the sampled rows keep of a renewal: the blocks that they visit under the patterns that
+    were found, and the caches, by first slot of the sight and number of the remainder."""
 
-    sights: tuple[Sight, ...]
+    visited: dict[Lens, tuple[Tensor, ...]]
     caches: dict[tuple[int, int], Cache] = field(default_factory=dict)
 
 
@@ -184,7 +184,7 @@ class Scoring:
         distance = Distance(dense.output[:, :, 0], self._projection(layer), counts)
         followed = [
             (sight, self._under(call, sight, distance))
-            for sight in (*self._sights, self._columns(layer))
+            for sight in (*self._sights, *self._columns(layer))
         ]
         sums = self.sums.setdefault(layer, self._nothing(layer))
         for anchor, age in sighted:
@@ -192,7 +192,11 @@ class Scoring:
             if renewed is None:
                 # Another transformer ran at the renewal.
                 continue
-            found = [(sight, self._under(call, sight, distance)) for sight in renewed.sights]
+            sights = [
+                lens.at_blocks(self._found[lens], tables)
+                for lens, tables in renewed.visited.items()
+            ]
+            found = [(sight, self._under(call, sight, distance)) for sight in sights]
             for sight, (pair, means) in (*followed, *found):
                 errors = self._remainders(sight, pair, means, dense, distance, age, renewed.caches)
                 mean = errors.mean(0).double().cpu()
@@ -224,14 +228,14 @@ class Scoring:
         shape = len(mass), self._space.slots, len(self._space.remainders), anchors, ages
         return Sums(torch.zeros(shape, dtype=torch.double), torch.zeros(anchors, ages), mass)
 
-    def _find(self, call: Call) -> tuple[Sight, ...]:
-        """What the rows see under the scored patterns, found from this call."""
+    def _find(self, call: Call) -> dict[Lens, tuple[Tensor, ...]]:
+        """The blocks that the rows visit under the scored patterns, found from this call."""
         if not self._found:
-            return ()
+            return {}
         heads = call.query.shape[2]
         every = block_indices((Full(),) * heads, call.grid, None, self._block, self._block)
         lse = sparse_attention(call.query, call.key, call.value, every)[1]
-        sights = []
+        visited = {}
         for lens, numbers in self._found.items():
             cut = geometry(lens.order, call.grid, heads, self._block)
             patterns = [self._space.patterns[number] for number in numbers]
@@ -241,17 +245,19 @@ class Scoring:
                 for score in dict.fromkeys(pattern.score for pattern in scored)
             }
             tables = [select_blocks(p.select, rankings[p.score], cut) == WHOLE for p in scored]
-            sights.append(lens.at_blocks(self._rows, numbers, tables))
-        return tuple(sights)
+            visited[lens] = lens.row_tables(self._rows, tables)
+        return visited
 
-    def _columns(self, layer: str) -> Sight:
-        """What the rows see under the columns that each head has for itself."""
+    def _columns(self, layer: str) -> tuple[Sight, ...]:
+        """What the rows see under the columns that each head has for itself, if any are tried."""
+        if not self._space.column_counts:
+            return ()
         masks = []
         for count in self._space.column_counts:
             heads = [columns(m, count, self._grid, self._block) for m in self.column_mass[layer]]
             masks.append(torch.stack([p.rows(self._grid, self._rows) for p in heads]))
         slots = range(len(self._space.patterns), self._space.slots)
-        return Sight(tuple(slots), tuple(masks), None, None)
+        return (Sight(tuple(slots), tuple(masks), None, None),)
 
     def _under(
         self, call: Call, sight: Sight, distance: Distance

@@ -70,7 +70,7 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
     for tables in _tables(evidence, budget):
         chosen = _assigned(evidence, tables, budget, timing)
         if chosen is not None:
-            found.append(solution_of(evidence, chosen, tables.schedule, timing))
+            found.append(_solution(tables, chosen, evidence.full, timing))
     if not found:
         raise ValueError(_refusal(evidence, budget, timing))
     keys = ("error", "flops") if budget.error is None else ("flops", "error")
@@ -81,7 +81,10 @@ def solution_of(
     evidence: Evidence, chosen: Tensor, schedule: Schedule, timing: Timing | None = None
 ) -> Solution:
     """The candidates `chosen`, int64 `[layers, heads]`, with what is expected of them."""
-    tables = evidence.tables(schedule)
+    return _solution(evidence.tables(schedule), chosen, evidence.full, timing)
+
+
+def _solution(tables: Tables, chosen: Tensor, full: int, timing: Timing | None) -> Solution:
     flops = _mean(tables.flops, chosen)
     sparse = 1 - tables.dense
     predicted = {
@@ -91,17 +94,17 @@ def solution_of(
         "cache_bytes": _picked(tables.bytes, chosen).sum().item(),
     }
     if timing is None:
-        return Solution(chosen, schedule, predicted, {})
+        return Solution(chosen, tables.schedule, predicted, {})
     spent = _picked(tables.time, chosen)
     # A layer whose heads are all full runs the model's own attention.
-    spent[(chosen == evidence.full).all(-1)] = 1.0
+    spent[(chosen == full).all(-1)] = 1.0
     attention = spent.mean().item()
     times = {
         "attention": attention,
         "speedup": timing.speedup(attention),
         "seconds": timing.seconds(attention),
     }
-    return Solution(chosen, schedule, predicted, times)
+    return Solution(chosen, tables.schedule, predicted, times)
 
 
 def limit_of(budget: Budget, tables: Tables, timing: Timing | None) -> tuple[Tensor, float]:

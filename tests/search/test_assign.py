@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.search.assign import assign, assign_cheapest, hull, price_at, sparse_vdit
+from tests.searched import hull_steps, picked
 
 HEADS, CANDIDATES = 6, 5
 
@@ -20,32 +21,11 @@ def toy(seed: int) -> tuple[Tensor, Tensor]:
     return error, cost
 
 
-def picked(table: Tensor, choice: Tensor) -> float:
-    return table.gather(-1, choice[:, None]).sum().item()
-
-
 def optimum(error: Tensor, cost: Tensor, limit: float) -> float:
     choices = torch.tensor(list(product(range(CANDIDATES), repeat=HEADS)))
     head = torch.arange(HEADS)
     errors, costs = error[head, choices].sum(-1), cost[head, choices].sum(-1)
     return errors[costs <= limit * HEADS + 1e-9].min().item()
-
-
-def hull_steps(error: Tensor, cost: Tensor) -> list[float]:
-    """Falls of the error along the lower convex hull of every head, by gift wrapping."""
-    steps = []
-    for errors, costs in zip(error.tolist(), cost.tolist(), strict=True):
-        at = min(range(CANDIDATES), key=lambda c: (costs[c], errors[c]))
-        while True:
-            right = [
-                c for c in range(CANDIDATES) if costs[c] > costs[at] and errors[c] < errors[at]
-            ]
-            if not right:
-                break
-            then = max(right, key=lambda c: (errors[at] - errors[c]) / (costs[c] - costs[at]))
-            steps.append(errors[at] - errors[then])
-            at = then
-    return steps
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,236 @@
+"""What follows from errors and densities for one schedule, written out by hand."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.pattern import Band, Columns, Full, Radial, Skip
+from dit_sparse.kernels.remainder import Complement, Drop, Pooled
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.search.budget import Budget
+from dit_sparse.search.driver import resolve
+from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.space import Candidate
+from tests.searched import GRID, HEADS, MASS, SCHEDULES, SEEN, STEPS, evidence_of, plan_of
+
+LAYERS = 3
+OFTEN = SCHEDULES[1]
+"""Renews at 2, 5 and 8 of 10 steps."""
+
+
+@pytest.fixture
+def evidence() -> Evidence:
+    return evidence_of(LAYERS)
+
+
+@pytest.fixture
+def plan(evidence: Evidence) -> Plan:
+    return plan_of(evidence)
+
+
+def interpolated(places: Sequence[int], values: Sequence[float], at: float) -> float:
+    if at <= places[0]:
+        return values[0]
+    for left, right in zip(range(len(places)), range(1, len(places)), strict=False):
+        if at <= places[right]:
+            share = (at - places[left]) / (places[right] - places[left])
+            return (1 - share) * values[left] + share * values[right]
+    return values[-1]
+
+
+def mean_error(sighted: Tensor, errs: list[tuple[int, int]]) -> float:
+    """Of (step of the renewal, age) over the steps of a generation; `[anchors, ages]`."""
+    total = 0.0
+    for renewed, age in errs:
+        rows = [interpolated(SEEN.ages, row, age) for row in sighted.double().tolist()]
+        total += interpolated(SEEN.anchors, rows, renewed)
+    return total / STEPS
+
+
+CASES = [
+    # candidate, schedule, FLOPs, (renewed, age) of the steps that err
+    (Candidate(Band(20)), SCHEDULES[0], 0.2 + 0.8 * 0.6, [(s, 0) for s in range(2, 10)]),
+    (Candidate(Band(20)), OFTEN, 0.2 + 0.8 * 0.6, [(s, 0) for s in range(2, 10)]),
+    (Candidate(Skip()), SCHEDULES[2], 0.4, [(s, 0) for s in range(4, 10)]),
+    (Candidate(Skip(), Complement()), SCHEDULES[0], 0.3, [(2, age) for age in range(1, 8)]),
+    (
+        Candidate(Band(6), Complement()), OFTEN, 0.5 + 0.8 * 0.25,
+        [(2, 1), (2, 2), (5, 1), (5, 2), (8, 1)],
+    ),
+    (Candidate(MASS), SCHEDULES[0], 0.3 + 0.05 + 0.7 * 0.4, [(2, age) for age in range(1, 8)]),
+    (
+        Candidate(MASS), OFTEN, 0.3 + 0.15 + 0.7 * 0.4,
+        [(2, 1), (2, 2), (5, 0), (5, 1), (5, 2), (8, 0), (8, 1)],
+    ),
+    (
+        Candidate(MASS, Complement()), OFTEN, 0.5 + 0.15 + 0.8 * 0.4,
+        [(2, 1), (2, 2), (5, 1), (5, 2), (8, 1)],
+    ),
+    (Candidate(Full()), OFTEN, 1.0, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("candidate", "schedule", "flops", "errs"), CASES, ids=str)
+def test_tables_by_hand(
+    evidence: Evidence,
+    candidate: Candidate,
+    schedule: Schedule,
+    flops: float,
+    errs: list[tuple[int, int]],
+) -> None:
+    number = evidence.number(1, 1, candidate)
+    assert number is not None
+    tables = evidence.tables(schedule)
+    assert (tables.schedule, tables.steps) == (schedule, STEPS)
+    assert tables.dense == schedule.dense_first / STEPS
+    assert tables.flops[1, 1, number].item() == pytest.approx(flops)
+    assert tables.time[1, 1, number].item() == pytest.approx(flops)
+    expected = mean_error(evidence.error[1, 1, number], errs)
+    assert tables.error[1, 1, number].item() == pytest.approx(expected)
+
+
+def test_bytes_are_of_caches_and_of_lses_that_are_needed_again(evidence: Evidence) -> None:
+    # Two guidance branches, 48 tokens, 12 channels in float16 and a float32 beside them.
+    cache, lse = 2 * 48 * (12 * 2 + 4), 2 * 48 * 4
+
+    def kept(candidate: Candidate, schedule: Schedule) -> float:
+        number = evidence.number(0, 1, candidate)
+        assert number is not None
+        return evidence.tables(schedule).bytes[0, 1, number].item()
+
+    once, again = SCHEDULES[0], OFTEN
+    assert kept(Candidate(Band(6)), again) == 0
+    assert kept(Candidate(Band(6), Complement()), once) == cache
+    assert kept(Candidate(MASS), once) == 0
+    assert kept(Candidate(MASS), again) == lse
+    assert kept(Candidate(MASS, Complement()), again) == cache + lse
+    wide = replace(evidence, head_dim=(24, 12, 12), copies=1)
+    assert wide.tables(once).bytes[:, 0, 3].tolist() == [48 * 52, cache / 2, cache / 2]
+
+
+def test_other_numbers_of_steps(evidence: Evidence) -> None:
+    number = evidence.number(0, 0, Candidate(Skip(), Complement()))
+    tables = evidence.tables(Schedule(dense_first=4), 20)
+    # The renewal at 4 of 20 is that at 2 of 10, the ages after it count half.
+    halves = [(2, age / 2) for age in range(1, 16)]
+    sighted = evidence.error[0, 0, number].double()
+    total = sum(interpolated(SEEN.ages, sighted[0].tolist(), age) for _, age in halves)
+    assert tables.error[0, 0, number].item() == pytest.approx(total / 20)
+    assert tables.flops[0, 0, number].item() == pytest.approx(5 / 20)
+    assert tables.dense == 0.2
+
+
+def test_measured_times_stand_beside_flops(evidence: Evidence) -> None:
+    timed = replace(evidence, time=(2 * evidence.density).contiguous())
+    tables = timed.tables(OFTEN)
+    number = timed.number(0, 0, Candidate(MASS, Complement()))
+    assert tables.flops[0, 0, number].item() == pytest.approx(0.5 + 0.15 + 0.8 * 0.4)
+    assert tables.time[0, 0, number].item() == pytest.approx(0.5 + 0.15 + 0.8 * 0.8)
+
+
+def test_what_a_head_lacks_is_infinite_in_every_table(evidence: Evidence) -> None:
+    evidence.error[1, 0, 4] = torch.inf
+    for schedule in SCHEDULES:
+        tables = evidence.tables(schedule)
+        for table in (tables.error, tables.flops, tables.time):
+            missing = table.isposinf()
+            assert missing[..., 1].all()
+            assert missing[1, 0].nonzero()[:, 0].tolist() == [1, 4]
+            assert missing.sum() == LAYERS * HEADS + 1
+
+
+def test_candidates_have_numbers(evidence: Evidence) -> None:
+    for layer in range(LAYERS):
+        for number in range(12):
+            own = evidence.candidate(layer, 1, number)
+            assert evidence.number(layer, 1, own) == number
+    columns = evidence.candidate(2, 1, 11)
+    assert isinstance(columns.pattern, Columns)
+    best = evidence.column_mass[2, 1].argsort(descending=True)[:3]
+    assert columns.pattern.blocks == tuple(sorted(best.tolist()))
+    assert columns.remainder == Complement()
+    assert str(columns) == "columns 3/6 with complement float16"
+    assert str(evidence.candidate(0, 0, 2)) == "skip"
+    assert evidence.full == 0
+    assert evidence.number(0, 0, Candidate(Radial())) is None
+    assert evidence.number(0, 0, Candidate(Skip(), Pooled())) is None
+    other = Columns(tuple(sorted(set(range(6)) - set(best.tolist()))), 8, GRID.shape)
+    assert evidence.number(2, 1, Candidate(other)) is None
+
+
+def test_assignment_names_remainders_where_there_are_any(evidence: Evidence) -> None:
+    chosen = torch.tensor([[0, 2], [3, 6], [8, 9]])
+    patterns, remainders = evidence.assignment(chosen)
+    first, second, third = evidence.layers
+    assert patterns == {first: (Full(), Skip()), second: (Skip(), Band(6)), third: (MASS, MASS)}
+    assert remainders == {second: (Complement(), Drop()), third: (Drop(), Complement())}
+
+
+def test_evidence_travels_in_the_plan(evidence: Evidence, plan: Plan) -> None:
+    came = Evidence.of_plan(plan)
+    for name in ("layers", "space", "sightings", "schedules", "grid", "block", "head_dim"):
+        assert getattr(came, name) == getattr(evidence, name)
+    assert came.copies == 2
+    assert came.time is None
+    for name, table in evidence.arrays().items():
+        assert torch.equal(getattr(came, name), table)
+    timed = replace(plan, evidence=plan.evidence | {"time": evidence.density})
+    assert Evidence.of_plan(timed).time is evidence.density
+
+
+def changed(table: Tensor, value: float) -> Tensor:
+    return table.index_fill(2, torch.tensor([2]), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("error", lambda t: changed(t, math.nan), "at least 0, error holds others"),
+        ("density", lambda t: changed(t, -1.0), "at least 0, density holds others"),
+        ("density", lambda t: t[:, :1], "should have the shape"),
+        ("error", lambda t: t[..., :1], "should have the shape .* error has"),
+        ("time", lambda t: t[..., :-1], "should have the shape .* time has"),
+        ("column_mass", lambda t: t[..., :-1], "should have 6 key blocks"),
+        ("error", lambda t: t + 0.1, "full attention among its candidates, without error"),
+    ],
+    ids=["nan", "negative", "heads", "ages", "time", "mass", "full-errs"],
+)
+def test_tampered_evidence_is_refused(plan: Plan, name: str, change: Any, message: str) -> None:
+    arrays = plan.evidence | {"time": plan.evidence["density"]}
+    with pytest.raises(ValueError, match=f"the plan's evidence .*{message}.*search again"):
+        resolve(replace(plan, evidence=arrays | {name: change(arrays[name])}), Budget(flops=0.5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", ["transformer.blocks.0.attn1"], "not of the plan's layers"),
+        ("patterns", [{"kind": "guess"}], "search is incomplete"),
+        ("patterns", [{"kind": "skip"}], "should have full attention and dropping"),
+        ("remainders", [{"kind": "pooled"}], "should have full attention and dropping"),
+        ("remainders", [{"kind": "guess"}], "search is incomplete"),
+        ("schedules", [{"dense": 3}], "search is incomplete"),
+        ("sightings", {"steps": 10, "anchors": [2], "ages": [0]}, "should have the shape"),
+        ("column_counts", [3, 4], "should have the shape"),
+        ("block", None, "blocks of at least 1 token, came None"),
+        ("head_dim", [12], "head_dim for each of 3 layers"),
+    ],
+    ids=str,
+)
+def test_tampered_description_is_refused(plan: Plan, key: str, value: Any, message: str) -> None:
+    search = plan.provenance["search"] | {key: value}
+    with pytest.raises(ValueError, match=message):
+        resolve(replace(plan, provenance={"search": search}), Budget(flops=0.5))
+
+
+def test_incomplete_description_is_refused(plan: Plan) -> None:
+    for key in plan.provenance["search"]:
+        search = {name: v for name, v in plan.provenance["search"].items() if name != key}
+        with pytest.raises(ValueError, match=f"the plan's search is incomplete .*{key}"):
+            resolve(replace(plan, provenance={"search": search}), Budget(flops=0.5))
