@@ -54,6 +54,7 @@ RESULTS = SAMPLES / "quality"
 DENSITIES = (0.5, 0.3, 0.2)
 PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
 PRESET_PROMPTS = CACHE_PROMPTS = 1
+SEARCH_PROMPTS = 2
 FLOPS_PROMPTS = TRANSFER_PROMPTS = 2
 TRANSFERRED = 0.3
 ELSEWHERE: dict[str, dict[str, int]] = {
@@ -254,7 +255,8 @@ def _searched_plan() -> Plan:
 
 
 def _texts() -> list[str]:
-    return [prompt.text for prompt in read_prompts(SAMPLES / "prompts" / "search.txt")]
+    prompts = read_prompts(SAMPLES / "prompts" / "search.txt")
+    return [prompt.text for prompt in prompts[:SEARCH_PROMPTS]]
 
 
 def _peak() -> int:
