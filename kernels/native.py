@@ -5,6 +5,7 @@ beside them does not grow with the number of tokens. float32 sums throughout.
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,7 @@ class _Call(ctypes.Structure):
         ("query_blocks", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
+        ("pv_skip", ctypes.c_double),
         ("parallel", ctypes.c_void_p),
     )
 
@@ -160,6 +162,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         blocks.query_blocks,
         torch.get_num_threads(),
         call.scale,
+        -math.inf if call.pv_skip is None else call.pv_skip,
         _parallel(),
     )
     return asked, (operands, prepared)

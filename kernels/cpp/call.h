@@ -26,6 +26,7 @@ struct Call {
   const uint8_t* hidden;         // [batch][tokens], or null if no text is padded
   int64_t batch, tokens, heads, head_dim, query_blocks, threads;
   double scale;
+  double pv_skip;                // -infinity to leave no values out
   void* parallel;                // GOMP_parallel of the OpenMP that PyTorch runs on, or null
 };
 

@@ -37,6 +37,7 @@ struct Tile {
   int64_t tokens[TILE];
   float *queries, *sums;                                     // [depth][TILE], [head_dim][TILE]
   alignas(64) float largest[TILE], total[TILE];
+  alignas(64) float peak[TILE];                              // the true maximum, for pv_skip
   alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
   int64_t known[AXES][SLOTS];
   alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
@@ -153,12 +154,14 @@ struct Row : Reader<Mode, Element> {
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
   const Windows& windows;
+  const float bound;  // how far below their maximum scores lie whose values are left out
   int tiles = 0, keys = 0;
   bool partial = false, pooled = false;
 
   Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
       : Reader<Mode, Element>(call, scratch, sample, row / call.query_blocks),
-        windows(call.windows[head]) {
+        windows(call.windows[head]),
+        bound((float)call.pv_skip * LOG2_E) {
     const int64_t block = row % call.query_blocks, end = call.query_offsets[block + 1];
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
@@ -175,6 +178,8 @@ struct Row : Reader<Mode, Element> {
     memset(tile.sums, 0, sizeof(float) * scratch.width * TILE);
     std::fill_n(tile.largest, TILE, LOWEST);
     std::fill_n(tile.total, TILE, 0.f);
+    // Lanes without a query never keep a tile.
+    for (int i = 0; i < TILE; i++) tile.peak[i] = i < count ? LOWEST : INFINITY;
     for (int axis = 0; axis < windows.axes; axis++) {
       std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
       // Lanes without a query see nothing: what an earlier row left there would decide when
@@ -212,21 +217,24 @@ struct Row : Reader<Mode, Element> {
       pooled |= count > 1;
       if (++keys == STEP) step();
     }
+    if (keys && leaves_out()) step();
   }
+
+  bool leaves_out() const { return bound > -INFINITY; }
 
   // Let every tile of queries look at the keys that were taken.
   void step() {
-    const float* values = scratch.values;
-    if constexpr (Mode::PACKED == 2) values = weave();
+    const float* values = nullptr;
     const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
                            scratch.scores, keys);
-      if (partial)
-        soften<true>(tile);
+      if (!(partial ? soften<true>(tile) : soften<false>(tile))) continue;
+      if constexpr (Mode::PACKED == 2)
+        values = values ? values : weave();
       else
-        soften<false>(tile);
+        values = scratch.values;
       product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
                           Mode::TURNED ? STEP / 2 : 1, scratch.width, packs, tile.sums,
                           call.head_dim);
@@ -255,9 +263,10 @@ struct Row : Reader<Mode, Element> {
     return turned;
   }
 
-  // Scores to weights; what was summed up before is scaled down where a maximum grew.
+  // Scores to weights; what was summed up before is scaled down where a maximum grew. Returns
+  // whether their values are to be summed up.
   template <bool MASKED>
-  void soften(Tile& tile) {
+  bool soften(Tile& tile) {
     constexpr bool ROUGH = Mode::PACKED == 2;
     const bool changed = MASKED || pooled;
     Vector largest[VECTORS];
@@ -287,6 +296,7 @@ struct Row : Reader<Mode, Element> {
       grew |= largest[v] > load(tile.largest + v * LANES) + all(GROWTH);
     }
     if (any(grew)) raise(tile, largest);
+    const bool summed = !leaves_out() || near(tile, largest);
     for (int v = 0; v < VECTORS; v++) {
       const Vector top = load(tile.largest + v * LANES);
       Vector total = load(tile.total + v * LANES);
@@ -308,6 +318,18 @@ struct Row : Reader<Mode, Element> {
     if (Mode::TURNED)
       for (int pair = (keys + 1) / 2; pair < padded(keys, Mode::PAD) / 2; pair++)
         memset(scratch.weights + pair * TILE, 0, TILE * sizeof(float));
+    return summed;
+  }
+
+  // Whether a query of the tile has scores near its maximum, which is kept up to date here.
+  bool near(Tile& tile, const Vector* largest) {
+    Bits found = {};
+    for (int v = 0; v < VECTORS; v++) {
+      const Vector peak = larger(largest[v], load(tile.peak + v * LANES));
+      store(tile.peak + v * LANES, peak);
+      found |= ~(Bits)(largest[v] - peak < all(bound));
+    }
+    return any(found);
   }
 
   void raise(Tile& tile, const Vector* largest) {
