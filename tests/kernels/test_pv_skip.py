@@ -162,7 +162,7 @@ def test_SP4_pooled_blocks_are_left_out_as_well(backend: str):
 
 def test_backends_that_cannot_say_so():
     blocks, query, key, value = planted()
-    with pytest.raises(ValueError, match="gather.*leaves no values out, as pv_skip asks"):
+    with pytest.raises(ValueError, match=r"gather.*leaves no values out, as pv_skip asks"):
         sparse_attention(query, key, value, blocks, pv_skip=-1.0, backend="gather")
 
 

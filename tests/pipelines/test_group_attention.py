@@ -121,6 +121,18 @@ def test_AD_the_first_search_is_dense_and_later_ones_use_its_lse() -> None:
     assert_same(run(3).output, attend(operands(3), again)[0])
 
 
+def test_SP4_a_scored_pattern_carries_its_pv_skip() -> None:
+    pattern = replace(SAMPLED, pv_skip=-0.05)
+    run, _ = runner(pattern, Drop(), Schedule(renew_every=1))
+    of = operands(0)
+    blocks = searched(pattern, of, None)
+    expected, _ = sparse_attention(
+        of.query, of.key, of.value, blocks, pv_skip=-0.05, backend="reference"
+    )
+    assert_same(run(0).output, expected)
+    assert apart(expected, attend(of, blocks)[0])
+
+
 def test_scores_without_an_lse_never_run_dense() -> None:
     run, _ = runner(SAMPLED, Drop(), Schedule(renew_every=1))
     for step in range(3):
