@@ -50,6 +50,7 @@ struct Scratch {
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
   float *keys, *values, *woven, *scores, *weights, *rows;
   int64_t positions[STEP];
+  const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
   float bias[STEP];
   std::vector<std::unique_ptr<Tile>> tiles;
 
@@ -166,7 +167,7 @@ struct Row : Reader<Mode, Element> {
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
     for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
-      visit(call.key_block[i], call.tag[i]);
+      visit(call.key_block[i], call.tag[i], call.mask_first ? call.mask_first[i] : -1);
     if (keys) step();
     for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
   }
@@ -192,13 +193,15 @@ struct Row : Reader<Mode, Element> {
     }
   }
 
-  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one.
-  void visit(int64_t block, int8_t tag) {
+  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one. `mask`
+  // is where those of a partial block begin.
+  void visit(int64_t block, int8_t tag, int64_t mask) {
     const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
     const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
+    const int64_t start = call.key_offsets[block];
     if (keys && (tag == PARTIAL) != partial) step();
     partial = tag == PARTIAL;
-    for (int64_t first = call.key_offsets[block]; first < end; first += run) {
+    for (int64_t first = start; first < end; first += run) {
       int64_t tokens[1 << 7], count = 0;
       for (int64_t i = first; i < std::min(first + run, end); i++)
         if (!hidden || !hidden[call.permutation[i]]) tokens[count++] = call.permutation[i];
@@ -213,6 +216,7 @@ struct Row : Reader<Mode, Element> {
         this->mean(call.value, tokens, count, value);
       }
       scratch.positions[keys] = tokens[0];
+      scratch.masks[keys] = mask < 0 ? nullptr : call.masks + mask + (first - start) * tiles;
       scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
       pooled |= count > 1;
       if (++keys == STEP) step();
@@ -230,7 +234,7 @@ struct Row : Reader<Mode, Element> {
       Tile& tile = *scratch.tiles[i];
       product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
                            scratch.scores, keys);
-      if (!(partial ? soften<true>(tile) : soften<false>(tile))) continue;
+      if (!(partial ? soften<true>(tile, i) : soften<false>(tile, i))) continue;
       if constexpr (Mode::PACKED == 2)
         values = values ? values : weave();
       else
@@ -266,13 +270,14 @@ struct Row : Reader<Mode, Element> {
   // Scores to weights; what was summed up before is scaled down where a maximum grew. Returns
   // whether their values are to be summed up.
   template <bool MASKED>
-  bool soften(Tile& tile) {
+  bool soften(Tile& tile, int number) {
     constexpr bool ROUGH = Mode::PACKED == 2;
     const bool changed = MASKED || pooled;
     Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
     for (int key = 0; key < keys; key++) {
       const int32_t* inside[AXES];
+      const uint64_t* own = MASKED ? scratch.masks[key] : nullptr;
       if (MASKED)
         for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
       for (int v = 0; v < VECTORS; v++) {
@@ -283,6 +288,7 @@ struct Row : Reader<Mode, Element> {
           Bits kept = ~(Bits){};
           for (int axis = 0; axis < windows.axes; axis++)
             kept &= *(const Bits*)(inside[axis] + v * LANES);
+          if (own) kept &= spread(own[number] >> v * LANES);
           score = where(kept, score, all(HIDDEN));
         }
         if (changed) store(at, score);

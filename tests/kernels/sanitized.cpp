@@ -58,11 +58,19 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   const int64_t query_blocks = query_offsets.size() - 1, key_blocks = key_offsets.size() - 1;
   std::vector<int32_t> row_pointer{0}, key_block;
   std::vector<int8_t> tag;
+  std::vector<int64_t> mask_first;
+  std::vector<uint64_t> masks;
   for (int64_t row = 0; row < heads * query_blocks; row++) {
     for (int64_t block = 0; row % 5 && block < key_blocks; block++)
       if (below(3)) {
         key_block.push_back((int32_t)block);
         tag.push_back((int8_t)(below(2) ? below(2) - 1 : below(8)));
+        const int64_t own = row % query_blocks, keys = key_offsets[block + 1] - key_offsets[block];
+        const bool masked = tag.back() == PARTIAL && below(2);
+        mask_first.push_back(masked ? masks.size() : -1);
+        for (int64_t word = (query_offsets[own + 1] - query_offsets[own] + TILE - 1) / TILE * keys;
+             masked && word; word--)
+          masks.push_back(random_bits() | (uint64_t)random_bits() << 32);
       }
     row_pointer.push_back((int32_t)key_block.size());
   }
@@ -83,6 +91,7 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   auto whole = [&](const std::vector<Element>& x) {
     return Operand{x.data(), tokens * heads * head_dim, heads * head_dim, head_dim};
   };
+  masks.shrink_to_fit();
   Call call{};
   call.query = whole(query);
   call.key = whole(key);
@@ -97,6 +106,8 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   call.tag = tag.data();
   call.longest_first = longest_first.data();
   call.windows = windows.data();
+  call.mask_first = heads > 1 ? mask_first.data() : nullptr;
+  call.masks = masks.data();
   call.hidden = batch > 1 ? hidden.data() : nullptr;
   call.batch = batch;
   call.tokens = tokens;

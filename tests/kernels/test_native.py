@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,19 @@ from dit_sparse.kernels import compiler, native
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import block_indices, from_block_mask
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Skip
+from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Radial, Sink, Skip
 
 GRID = TokenGrid(3, 7, 11, text_after=9, valid_text=(4, 9))
-PATTERNS = [Full(), Skip(), Band(40), Band(9, "pixel_major"), Neighborhood((3, 3, 5), (1, 2, 1))]
+PATTERNS = [
+    Full(),
+    Skip(),
+    Band(40),
+    Band(9, "pixel_major"),
+    Neighborhood((3, 3, 5), (1, 2, 1)),
+    AnyOf((Band(9, "pixel_major"), Sink())),
+    Radial("repo", 0.5),
+    Radial("repo", 0.5),
+]
 FLAGS = compiler.instruction_sets()
 SETS = sorted({FLAGS[:count] for count in (0, 2, 6, 7, len(FLAGS))}, key=len)
 
@@ -134,6 +144,18 @@ def test_no_samples_and_strange_strides(operands):
     for operand in (apart, shifted):
         came = sparse_attention(operand[0], operand[1], operand[2], blocks, backend="native")
         assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
+def test_masks_that_are_too_large_are_refused(operands, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "_MOST_MASK_BYTES", 1 << 10)
+    query, key, value = operands(GRID.tokens, len(PATTERNS))
+    blocks = block_indices(PATTERNS, GRID, Band(40).order, 100, 48)
+    message = (
+        "band 9 pixel-major + sink 1 is not made of intervals, and masks of its partial blocks "
+        "take 0 MiB; at most 0 fit"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sparse_attention(query, key, value, blocks, backend="native")
 
 
 def test_memory_does_not_grow_with_tokens():
