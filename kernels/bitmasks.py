@@ -5,6 +5,7 @@ key of a partial block has one word for each 64 queries of the block of queries,
 of word `t` is query `64 t + i`. Heads with the same pattern share their words.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from dit_sparse.kernels.blocks import PARTIAL, BlockIndices
 from dit_sparse.kernels.pattern import Pattern
-from dit_sparse.kernels.predicates import partial_patterns
 
 WORD = 64
+
+Heads = Mapping[Pattern, list[int]]
+"""Patterns, and the heads that have each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,23 +29,17 @@ class BitMasks:
     words: Tensor
 
 
-def unwindowed_patterns(blocks: BlockIndices) -> dict[Pattern, list[int]]:
-    """The patterns that have partial blocks and no windows, and their heads."""
-    found = partial_patterns(blocks)
-    return {p: heads for p, heads in found.items() if p.windows(blocks.grid) is None}
-
-
-def mask_bytes(blocks: BlockIndices) -> int:
+def mask_bytes(blocks: BlockIndices, patterns: Heads) -> int:
     """Memory that `bit_masks` takes."""
-    heads = [heads[0] for heads in unwindowed_patterns(blocks).values()]
-    return sum(int(_sizes(blocks, *_partial(blocks, head)).sum()) for head in heads) * 8
+    words = (_sizes(blocks, *_partial(blocks, heads[0])).sum() for heads in patterns.values())
+    return 8 * sum(map(int, words))
 
 
-def bit_masks(blocks: BlockIndices) -> BitMasks | None:
-    """The masks of all patterns without windows; `None` if all partial blocks have windows."""
+def bit_masks(blocks: BlockIndices, patterns: Heads) -> BitMasks:
+    """The masks of `patterns`, which have partial blocks."""
     first = torch.full((len(blocks.tag),), -1)
     words, used = [], 0
-    for pattern, heads in unwindowed_patterns(blocks).items():
+    for pattern, heads in patterns.items():
         entry, row = _partial(blocks, heads[0])
         sizes = _sizes(blocks, entry, row)
         begins = used + sizes.cumsum(0) - sizes
@@ -52,7 +49,7 @@ def bit_masks(blocks: BlockIndices) -> BitMasks | None:
             if len(own):
                 words.append(_packed(pattern, blocks, query_block, blocks.key_block[own]))
         used += int(sizes.sum())
-    return BitMasks(first, torch.cat(words)) if words else None
+    return BitMasks(first, torch.cat(words))
 
 
 def _partial(blocks: BlockIndices, head: int) -> tuple[Tensor, Tensor]:

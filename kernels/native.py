@@ -15,11 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, mask_bytes, unwindowed_patterns
+from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, mask_bytes
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.compiler import instruction_sets, library
 from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.predicates import partial_patterns
 from dit_sparse.kernels.sample import segments
 from dit_sparse.kernels.windows import Windows, everything
 
@@ -87,7 +88,7 @@ class _Prepared:
     kept: list[Windows]
     longest_first: Tensor
     hidden: Tensor | None
-    masked: bool
+    unwindowed: dict[Pattern, list[int]]
     masks: BitMasks | None = None
 
 
@@ -115,8 +116,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if output.numel() == 0:
         return output, lse.fill_(-torch.inf)
     prepared = _prepared_of(call.blocks)
-    if prepared.masks is None and prepared.masked:
-        prepared.masks = bit_masks(call.blocks)
+    if prepared.masks is None and prepared.unwindowed:
+        prepared.masks = bit_masks(call.blocks, prepared.unwindowed)
     asked, _alive = _asked(call, output, lse)
     if _library().dit_sparse_attend(ctypes.byref(asked), _DTYPES[call.query.dtype]):
         raise MemoryError(f"no memory for attention of head_dim {head_dim}")
@@ -215,25 +216,25 @@ def _prepared_of(blocks: BlockIndices) -> _Prepared:
 def _prepare(blocks: BlockIndices) -> _Prepared:
     grid = blocks.grid
     patterns: tuple[Pattern | None, ...] = blocks.patterns or (None,) * blocks.heads
-    kept: dict[Pattern | None, Windows] = {}
-    for pattern in dict.fromkeys(patterns):
-        own = None if pattern is None else pattern.windows(grid)
-        kept[pattern] = own or everything(grid.tokens)
+    partial = partial_patterns(blocks)
+    kept = {p: p.windows(grid) if p in partial else None for p in dict.fromkeys(patterns)}
+    unwindowed = {p: heads for p, heads in partial.items() if kept[p] is None}
+    windowed = {p: own or everything(grid.tokens) for p, own in kept.items()}
     windows = (_Windows * blocks.heads)(
         *(
             _Windows(len(w.low), w.low.data_ptr(), w.size.data_ptr(), w.place.data_ptr())
-            for w in (kept[pattern] for pattern in patterns)
+            for w in (windowed[pattern] for pattern in patterns)
         )
     )
     hidden = None if grid.valid_text is None else ~grid.real(len(grid.valid_text))
     rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
-    masked, refusal = mask_bytes(blocks), None
+    masked, refusal = mask_bytes(blocks, unwindowed), None
     if masked > _MOST_MASK_BYTES:
         refusal = (
-            f"{next(iter(unwindowed_patterns(blocks)))} is not made of intervals, and masks of "
+            f"{next(iter(unwindowed))} is not made of intervals, and masks of "
             f"its partial blocks take {masked >> 20} MiB; at most {_MOST_MASK_BYTES >> 20} fit"
         )
-    return _Prepared(refusal, windows, list(kept.values()), rows, hidden, masked > 0)
+    return _Prepared(refusal, windows, list(windowed.values()), rows, hidden, unwindowed)
 
 
 @cache

@@ -183,6 +183,40 @@ def test_memory_does_not_grow_with_tokens():
     assert int(shown) < 3 * operand, "input and output are two; kilobytes"
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands():
+    """119,056 tokens in GNA's windows: the peak of one call beside its inputs and outputs."""
+    script = (
+        "import ctypes, pathlib, torch\n"
+        "from dit_sparse.kernels.attention import sparse_attention\n"
+        "from dit_sparse.kernels.blocks import block_indices\n"
+        "from dit_sparse.kernels.grid import TokenGrid\n"
+        "from dit_sparse.kernels.order import tile\n"
+        "from dit_sparse.kernels.pattern import Neighborhood\n"
+        "torch.set_num_threads(2)\n"
+        "def held(name):\n"
+        "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+        "    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith(name))\n"
+        "def beside(grid, window, stride):\n"
+        "    blocks = block_indices([Neighborhood(window, stride)], grid, tile(2, 8, 8))\n"
+        "    q = torch.ones(1, grid.tokens, 1, 128)\n"
+        "    k, v = q.clone(), q.clone()\n"
+        "    if hasattr(ctypes.CDLL(None), 'malloc_trim'):\n"
+        "        ctypes.CDLL(None).malloc_trim(0)\n"
+        "    pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
+        "    before = held('VmRSS')\n"
+        "    output, lse = sparse_attention(q, k, v, blocks, backend='native')\n"
+        "    extra = held('VmHWM') - before - output.nbytes - lse.nbytes\n"
+        "    return extra / (3 * q.nbytes)\n"
+        "beside(TokenGrid(4, 16, 16), (2, 8, 8), (1, 1, 1))\n"
+        "print(beside(TokenGrid(33, 45, 80, text_after=256), (18, 24, 24), (16, 8, 8)))\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert 0 < float(shown) <= 0.1
+
+
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiler, "library", compiler.library.__wrapped__)
     monkeypatch.delenv("CXX", raising=False)
