@@ -33,6 +33,7 @@ class Variant:
     word_axes: int = 0
     interval_axes: int = 0
     pooled: bool = False
+    skips: bool = False
 
 
 def _named(structure: Any, *types: str) -> Any:
@@ -57,7 +58,7 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
         "key_strides": _STRIDES,
         "value_strides": _STRIDES,
         "output_strides": _STRIDES,
-        "factor": "fp32",
+        **dict.fromkeys(("factor", "bound"), "fp32"),
         "heads": _INT,
         "tokens": _INT,
     }
@@ -73,6 +74,7 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
         "WORD_AXES": variant.word_axes,
         "INTERVAL_AXES": variant.interval_axes,
         "POOLED": variant.pooled,
+        "SKIPS": variant.skips,
         "CUDA": target.kind == "cuda",
         "UPCAST": False,
     }

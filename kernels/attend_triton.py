@@ -38,9 +38,14 @@ def matmul(left, right, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _update(scores, value, total, largest, sums, factor, UPCAST: tl.constexpr):
-    """One step of the running softmax. `largest` starts finite, so hidden scores (-inf) give 0."""
-    now_largest = tl.maximum(largest, tl.max(scores, 1) * factor)
+def _update(
+    scores, value, total, largest, sums, factor, alive, bound,
+    SKIPS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax. `largest` starts finite, so hidden scores (-inf) give 0.
+    SKIPS leaves the values out where all queries have their scores below `largest + bound`."""
+    inside = tl.max(scores, 1) * factor
+    now_largest = tl.maximum(largest, inside)
     weights = tl.math.exp2(scores * factor - now_largest[:, None])
     shrink = tl.math.exp2(largest - now_largest)
     sums = sums * shrink + tl.sum(weights, 1)
@@ -48,7 +53,12 @@ def _update(scores, value, total, largest, sums, factor, UPCAST: tl.constexpr):
         # The interpreter would cut weights to bfloat16, where a GPU rounds them.
         value = value.to(tl.float32)
     weights = weights.to(value.dtype)
-    total = tl.dot(weights, value, total * shrink[:, None], input_precision="ieee")
+    total *= shrink[:, None]
+    if SKIPS:
+        if tl.max(tl.where(alive, inside - now_largest, float("-inf")), 0) >= bound:
+            total = tl.dot(weights, value, total, input_precision="ieee")
+    else:
+        total = tl.dot(weights, value, total, input_precision="ieee")
     return total, now_largest, sums
 
 
@@ -155,16 +165,17 @@ def attend(
     query, key, value, output, lse,
     lists, words, intervals, pooled,
     query_strides, key_strides, value_strides, output_strides,
-    factor, heads, tokens,
+    factor, bound, heads, tokens,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PERMUTED: tl.constexpr, DESCRIPTORS: tl.constexpr, DENSE: tl.constexpr,
     MASKED: tl.constexpr, WORD_AXES: tl.constexpr, INTERVAL_AXES: tl.constexpr,
-    POOLED: tl.constexpr, CUDA: tl.constexpr, UPCAST: tl.constexpr,
+    POOLED: tl.constexpr, SKIPS: tl.constexpr, CUDA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """See the head of this file.
 
     DENSE walks all tiles in sequence, as the yardstick of the static gate. MASKED, INTERVAL_AXES
-    and POOLED say which of the last three lists exist.
+    and POOLED say which of the last three lists exist. SKIPS leaves values out by `bound`, in
+    powers of two as scores are.
     """
     sample = tl.program_id(1)
     row = tl.load(lists.rows + tl.program_id(0))
@@ -199,7 +210,9 @@ def attend(
             q, key, value, key_strides, value_strides, sample, head, first, tokens,
             DESCRIPTORS, True, HEAD_DIM, DIM, BLOCK_K, UPCAST,
         )  # fmt: skip
-        total, largest, sums = _update(scores, v, total, largest, sums, factor, UPCAST)
+        total, largest, sums = _update(
+            scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
+        )  # fmt: skip
 
     if MASKED:
         start = stop
@@ -231,7 +244,9 @@ def attend(
             else:
                 count = tl.load(lists.key_count + sample * lists.count_stride + key_tile)
                 scores = tl.where((n < count)[None, :], scores, float("-inf"))
-            total, largest, sums = _update(scores, v, total, largest, sums, factor, UPCAST)
+            total, largest, sums = _update(
+                scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
+            )  # fmt: skip
 
     if INTERVAL_AXES > 0:
         counts = lists.key_count + sample * lists.count_stride
@@ -255,7 +270,9 @@ def attend(
                 offset = (own[None, :] - low[axis][:, None]).to(tl.uint32, bitcast=True)
                 kept = offset < size[axis][:, None].to(tl.uint32, bitcast=True)
                 scores = tl.where(kept, scores, float("-inf"))
-            total, largest, sums = _update(scores, v, total, largest, sums, factor, UPCAST)
+            total, largest, sums = _update(
+                scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
+            )  # fmt: skip
 
     if POOLED:
         start = tl.load(pooled.bounds + row)
@@ -277,7 +294,9 @@ def attend(
             k = load_rows(pooled.key + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
             v = load_rows(pooled.value + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
             scores = matmul(q, k.T, UPCAST) * factor + bias[None, :]
-            total, largest, sums = _update(scores, v, total, largest, sums, 1.0, UPCAST)
+            total, largest, sums = _update(
+                scores, v, total, largest, sums, 1.0, alive, bound, SKIPS, UPCAST,
+            )  # fmt: skip
 
     seen = sums > 0
     sums = tl.where(seen, sums, 1.0)

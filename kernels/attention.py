@@ -17,6 +17,7 @@ def sparse_attention(
     blocks: BlockIndices,
     *,
     scale: float | None = None,
+    pv_skip: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend over the pairs of tokens that `blocks` lists.
@@ -26,6 +27,12 @@ def sparse_attention(
             any strides, one floating dtype.
         blocks: which keys each head's queries see, from `block_indices` or `from_block_mask`.
         scale: factor of the logits, defaults to `head_dim ** -0.5`.
+        pv_skip: a negative number, by which the values of a tile of keys are left out where, for
+            all its queries, the largest logit lies further than that below the largest so far.
+            The softmax counts the tile all the same, so that the sum of exponentials does not
+            change; what is missing of it is less than `exp(pv_skip)` times the largest for each
+            key. A tile is a listed block, visited in order, or the part of one that the backend
+            takes at a time (SpargeAttn, arXiv 2502.18137, section 3.4). Nothing is, if `None`.
         backend: `"auto"` takes the first backend that accepts the call; a name takes that backend
             or raises a `ValueError` with the reason for its refusal, and never another one.
 
@@ -34,25 +41,36 @@ def sparse_attention(
         (float64 for float64 inputs) `[batch, heads, tokens]`. A query that sees no key gets 0 and
         -inf. Padded text (`grid.valid_text`) is never seen, though its own rows are computed.
     """
-    call = AttentionCall(
-        query, key, value, blocks, query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    call = AttentionCall(query, key, value, blocks, factor, pv_skip)
     _check(call)
-    return _operator(query, key, value, blocks.handle, call.scale, backend)
+    return _operator(query, key, value, blocks.handle, factor, backend, pv_skip)
 
 
 @torch.library.custom_op("dit_sparse::sparse_attention", mutates_args=())
 def _operator(
-    query: Tensor, key: Tensor, value: Tensor, blocks: int, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: int,
+    scale: float,
+    backend: str,
+    pv_skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As an operator of PyTorch, so that compiled models run it without a break."""
-    call = AttentionCall(query, key, value, by_handle(blocks), scale)
+    call = AttentionCall(query, key, value, by_handle(blocks), scale, pv_skip)
     return choose(call, backend).run(call)
 
 
 @_operator.register_fake
 def _shapes(
-    query: Tensor, key: Tensor, value: Tensor, blocks: int, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: int,
+    scale: float,
+    backend: str,
+    pv_skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -97,6 +115,8 @@ def _check(call: AttentionCall) -> None:
         )
     if not math.isfinite(call.scale):
         raise ValueError(f"scale must be finite, got {call.scale}")
+    if call.pv_skip is not None and not call.pv_skip < 0:
+        raise ValueError(f"pv_skip must be negative, got {call.pv_skip}; None leaves nothing out")
 
 
 def _plain(value: object) -> object:

@@ -84,6 +84,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"takes float32, bfloat16 and float16, got {call.query.dtype}"
     if head_dim < _LEAST_HEAD_DIM:
         return f"needs a head_dim of at least {_LEAST_HEAD_DIM}, got {head_dim}"
+    if call.pv_skip is not None:
+        return "leaves no values out, as pv_skip asks"
     return _prepare(call.blocks).refusal
 
 

@@ -50,6 +50,8 @@ def supports(call: AttentionCall) -> str | None:
     """CPU tensors, no pooled keys."""
     if call.query.device.type != "cpu":
         return f"runs on the CPU, the tensors are on {call.query.device}"
+    if call.pv_skip is not None:
+        return "leaves no values out, as pv_skip asks"
     if (call.blocks.tag > WHOLE).any():
         return "pooled keys are not built here"
     return None

@@ -17,6 +17,8 @@ from dit_sparse.kernels.worklist import Worklist, worklist
 def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output and LSE; the call is one that the backend accepts."""
     query, scale = unit_stride(call.query), call.scale
+    skips = call.pv_skip is not None and call.pv_skip > -math.inf
+    bound = (call.pv_skip or 0.0) / math.log(2) if skips else 0.0
     batch, tokens, heads, head_dim = query.shape
     if scale <= 0:
         # The kernel takes maxima before it scales.
@@ -36,12 +38,12 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
         query, operand(key, sizes), operand(value, sizes), output, lse,
         work.lists, rules.words, rules.intervals, pooled,
         query.stride(), key.stride(), value.stride(), output.stride(),
-        scale / math.log(2), heads, tokens,
+        scale / math.log(2), bound, heads, tokens,
         HEAD_DIM=head_dim, DIM=padded_dim(head_dim),
         BLOCK_Q=sizes.block_q, BLOCK_K=sizes.block_k,
         PERMUTED=work.permuted, DESCRIPTORS=sizes.descriptors, DENSE=False,
         MASKED=work.masked, WORD_AXES=rules.word_axes, INTERVAL_AXES=rules.interval_axes,
-        POOLED=len(pooled.entry) > 0, CUDA=_target(call).kind == "cuda",
+        POOLED=len(pooled.entry) > 0, SKIPS=skips, CUDA=_target(call).kind == "cuda",
         UPCAST=interpreting(),
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use.
 
 Operands are read where they lie, through their strides and the order of tokens; what it needs
-beside them does not grow with the number of tokens. float32 sums throughout.
+beside them does not grow with the number of tokens, but for the bit masks of patterns that are not
+made of windows. float32 sums throughout.
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,14 +15,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, mask_bytes
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.compiler import instruction_sets, library
 from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.predicates import partial_patterns
 from dit_sparse.kernels.sample import segments
 from dit_sparse.kernels.windows import Windows, everything
 
 _TILE = 64  # TILE of cpp/product.h
+_MOST_MASK_BYTES = 256 << 20
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -60,6 +65,8 @@ class _Call(ctypes.Structure):
         ("tag", ctypes.c_void_p),
         ("longest_first", ctypes.c_void_p),
         ("windows", ctypes.c_void_p),
+        ("mask_first", ctypes.c_void_p),
+        ("masks", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
@@ -68,6 +75,7 @@ class _Call(ctypes.Structure):
         ("query_blocks", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
+        ("pv_skip", ctypes.c_double),
         ("parallel", ctypes.c_void_p),
     )
 
@@ -81,13 +89,15 @@ class _Prepared:
     kept: list[Windows]
     longest_first: Tensor
     hidden: Tensor | None
+    unwindowed: dict[Pattern, list[int]]
+    masks: BitMasks | None = None
 
 
 _prepared: WeakKeyDictionary[BlockIndices, _Prepared] = WeakKeyDictionary()
 
 
 def supports(call: AttentionCall) -> str | None:
-    """CPU tensors of three dtypes, patterns made of intervals, and a compiler."""
+    """CPU tensors of three dtypes, masks that are not too large, and a compiler."""
     if call.query.device.type != "cpu":
         return f"runs on the CPU, the tensors are on {call.query.device}"
     if call.query.dtype not in _DTYPES:
@@ -106,6 +116,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
     if output.numel() == 0:
         return output, lse.fill_(-torch.inf)
+    prepared = _prepared_of(call.blocks)
+    if prepared.masks is None and prepared.unwindowed:
+        prepared.masks = bit_masks(call.blocks, prepared.unwindowed)
     asked, _alive = _asked(call, output, lse)
     if _library().dit_sparse_attend(ctypes.byref(asked), _DTYPES[call.query.dtype]):
         raise MemoryError(f"no memory for attention of head_dim {head_dim}")
@@ -139,6 +152,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     ]
     batch, tokens, heads, head_dim = call.query.shape
     prepared = _prepared_of(blocks)
+    masks = prepared.masks
     lists = (
         lse,
         blocks.permutation,
@@ -154,6 +168,8 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         *(_operand(x) for x in (*operands, output)),
         *(x.data_ptr() for x in lists),
         ctypes.addressof(prepared.windows),
+        None if masks is None else masks.first.data_ptr(),
+        None if masks is None else masks.words.data_ptr(),
         None if prepared.hidden is None else prepared.hidden.data_ptr(),
         batch,
         tokens,
@@ -162,6 +178,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         blocks.query_blocks,
         torch.get_num_threads(),
         call.scale,
+        -math.inf if call.pv_skip is None else call.pv_skip,
         _parallel(),
     )
     return asked, (operands, prepared)
@@ -199,23 +216,27 @@ def _prepared_of(blocks: BlockIndices) -> _Prepared:
 
 
 def _prepare(blocks: BlockIndices) -> _Prepared:
-    grid, refusal = blocks.grid, None
+    grid = blocks.grid
     patterns: tuple[Pattern | None, ...] = blocks.patterns or (None,) * blocks.heads
-    kept: dict[Pattern | None, Windows] = {}
-    for pattern in dict.fromkeys(patterns):
-        own = None if pattern is None else pattern.windows(grid)
-        if pattern is not None and pattern.kind != "skip" and own is None:
-            refusal = refusal or f"{pattern} is not made of intervals"
-        kept[pattern] = own or everything(grid.tokens)
+    partial = partial_patterns(blocks)
+    kept = {p: p.windows(grid) if p in partial else None for p in dict.fromkeys(patterns)}
+    unwindowed = {p: heads for p, heads in partial.items() if kept[p] is None}
+    windowed = {p: own or everything(grid.tokens) for p, own in kept.items()}
     windows = (_Windows * blocks.heads)(
         *(
             _Windows(len(w.low), w.low.data_ptr(), w.size.data_ptr(), w.place.data_ptr())
-            for w in (kept[pattern] for pattern in patterns)
+            for w in (windowed[pattern] for pattern in patterns)
         )
     )
     hidden = None if grid.valid_text is None else ~grid.real(len(grid.valid_text))
     rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
-    return _Prepared(refusal, windows, list(kept.values()), rows, hidden)
+    masked, refusal = mask_bytes(blocks, unwindowed), None
+    if masked > _MOST_MASK_BYTES:
+        refusal = (
+            f"{next(iter(unwindowed))} is not made of intervals, and masks of "
+            f"its partial blocks take {masked >> 20} MiB; at most {_MOST_MASK_BYTES >> 20} fit"
+        )
+    return _Prepared(refusal, windows, list(windowed.values()), rows, hidden, unwindowed)
 
 
 @cache

@@ -47,6 +47,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"takes float32, bfloat16 and float16, got {call.query.dtype}"
     if call.query.shape[-1] % 8:
         return f"needs a head_dim that is a multiple of 8, got {call.query.shape[-1]}"
+    if call.pv_skip is not None:
+        return "leaves no values out, as pv_skip asks"
     if call.scale == 0:
         return "takes a scale of 0 for none"
     return None

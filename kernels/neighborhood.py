@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_sparse.kernels.definition import Definition, Triple, by, video_rows, with_text
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, tile
-from dit_sparse.kernels.windows import Windows, windows
+from dit_sparse.kernels.windows import Windows
 
 Flags = tuple[bool, bool, bool]
 
@@ -101,14 +101,14 @@ class Neighborhood(Definition):
         return video_rows(grid, queries, rearrange(video, "n t h w -> n (t h w)"))
 
     def windows(self, grid: TokenGrid) -> Windows:
-        places = grid.coordinates(torch.arange(grid.tokens))
-        axes = (self.axis_windows(grid, axis) for axis in range(3))
-        return windows(
-            [
-                (low[place.clamp_min(0)], size[place.clamp_min(0)], position[place.clamp_min(0)])
-                for place, (low, size, position) in zip(places, axes, strict=True)
-            ]
-        )
+        # In place and in 32 bits: of a long video these tables are a part of what a call holds.
+        places = grid.coordinates(torch.arange(grid.tokens, dtype=torch.int32))
+        tables = torch.empty(3, 3, grid.tokens, dtype=torch.int32)
+        for axis, place in enumerate(places):
+            place.clamp_min_(0)
+            for part, values in enumerate(self.axis_windows(grid, axis)):
+                torch.index_select(values, 0, place, out=tables[part, axis])
+        return Windows(*tables)
 
     def axis_windows(self, grid: TokenGrid, axis: int) -> tuple[Tensor, Tensor, Tensor]:
         """First key and size of the window of every query of one axis, and the position that each

@@ -6,6 +6,10 @@ output = softmax(scale * query key^T where visible) value;   lse = logsumexp of 
 
 A run of pooled keys is one more key and value, the means of its tokens, and `ln(their number)` is
 added to its logits.
+
+Under `pv_skip`, in each row of blocks:
+    left out = those whose largest logit < the largest up to and with them + pv_skip, for every i
+    output   = (softmax, zero where left out) value
 """
 
 import torch
@@ -35,7 +39,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     masks = [element_mask(call.blocks, head) for head in range(heads)]
     for sample, real in enumerate(call.blocks.grid.real(batch)):
         for head in range(heads):
-            pool, visible = _pooled(call.blocks, head, real)
+            pool, visible, runs = _pooled(call.blocks, head, real)
             pool = torch.cat([torch.eye(tokens), pool]).to(query)
             visible = torch.cat([masks[head] & real, visible], 1).to(query.device)
             count = pool.count_nonzero(1)
@@ -44,7 +48,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
             logits = (logits + count.log()).masked_fill(~visible, -torch.inf)
             sums = logits.logsumexp(-1)
             safe = rearrange(sums.masked_fill(sums == -torch.inf, 0), "i -> i 1")
-            output[sample, :, head] = (logits - safe).exp() @ values
+            weights = (logits - safe).exp()
+            if call.pv_skip is not None:
+                weights[_left_out(call.blocks, head, logits, runs, call.pv_skip)] = 0
+            output[sample, :, head] = weights @ values
             lse[sample, head] = sums
     return output.to(call.query.dtype), lse
 
@@ -64,9 +71,33 @@ def element_mask(blocks: BlockIndices, head: int) -> Tensor:
     return visible
 
 
-def _pooled(blocks: BlockIndices, head: int, real: Tensor) -> tuple[Tensor, Tensor]:
+def _left_out(
+    blocks: BlockIndices, head: int, logits: Tensor, runs: list[tuple[int, int]], bound: float
+) -> Tensor:
+    """The pairs whose values are left out, bool as `logits`, `[tokens, tokens + runs]`."""
+    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    for row in range(blocks.query_blocks):
+        queries = blocks.query_tokens(row)[:, None]
+        largest = logits.new_full((len(queries),), -torch.inf)
+        for key_block, tag in blocks.entries(head, row):
+            keys = blocks.key_tokens(key_block)
+            if tag > WHOLE:
+                own = [number for number, run in enumerate(runs) if run == (key_block, tag)]
+                keys = torch.tensor(own, dtype=torch.int64) + blocks.grid.tokens
+            if not len(keys):
+                continue
+            inside = logits[queries, keys].amax(1)
+            largest = torch.maximum(largest, inside)
+            far = (inside - largest < bound) | (inside == -torch.inf)
+            left_out[queries, keys] = bool(far.all())
+    return left_out
+
+
+def _pooled(
+    blocks: BlockIndices, head: int, real: Tensor
+) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     """The runs of pooled keys that `head` sees: weights `[runs, tokens]` that take their means,
-    and which query sees which run, bool `[tokens, runs]`."""
+    which query sees which run, bool `[tokens, runs]`, and the block and tag of each run."""
     weights, visible, place = [], [], {}
     for row in range(blocks.query_blocks):
         for key_block, tag in blocks.entries(head, row):
@@ -83,5 +114,5 @@ def _pooled(blocks: BlockIndices, head: int, real: Tensor) -> tuple[Tensor, Tens
                     visible.append(torch.zeros(blocks.grid.tokens, dtype=torch.bool))
                 visible[place[key_block, tag, start]][blocks.query_tokens(row)] = True
     if not weights:
-        return real.new_zeros(0, len(real)).float(), real.new_zeros(len(real), 0)
-    return torch.stack(weights), torch.stack(visible, 1)
+        return real.new_zeros(0, len(real)).float(), real.new_zeros(len(real), 0), []
+    return torch.stack(weights), torch.stack(visible, 1), [run[:2] for run in place]

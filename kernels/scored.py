@@ -4,6 +4,7 @@ A value like every other pattern, so that plans hold it; `scored_blocks.py` make
 pairs it keeps is not known before.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -29,6 +30,7 @@ class Scored(Definition):
             are cut instead.
         sink_frames: blocks with tokens of as many first frames are visited in addition; none if
             the score is of clusters, which are of no frame.
+        pv_skip: the lambda of SpargeAttn (arXiv 2502.18137), see `sparse_attention`.
     """
 
     kind: ClassVar[str] = "scored"
@@ -36,6 +38,7 @@ class Scored(Definition):
     select: Select
     token_order: OrderName = "raster"
     sink_frames: int = 0
+    pv_skip: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, kinds in (("score", self.score, Score), ("select", self.select, Select)):
@@ -50,6 +53,11 @@ class Scored(Definition):
         if self.sink_frames < 0:
             raise ValueError(
                 f"sink_frames must not be negative, got {self.sink_frames}; use 0 for no sink"
+            )
+        if self.pv_skip is not None and not -math.inf < self.pv_skip < 0:
+            raise ValueError(
+                f"pv_skip must be a negative number, got {self.pv_skip}; leave it out to leave "
+                "no values out"
             )
 
         if isinstance(self.score, Clustered):
@@ -77,4 +85,5 @@ class Scored(Definition):
     def __str__(self) -> str:
         sink = f", sink {self.sink_frames}" if self.sink_frames else ""
         order = "" if isinstance(self.score, Clustered) else f", {self.token_order}"
-        return f"scored {self.score}, {self.select}{order}{sink}"
+        skip = "" if self.pv_skip is None else f", pv_skip {self.pv_skip:g}"
+        return f"scored {self.score}, {self.select}{order}{sink}{skip}"

@@ -50,11 +50,12 @@ class Operands:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Heads of a group, by their place in it, and their list."""
+    """Heads of a group, by their place in it, their list, and where values are left out."""
 
     heads: tuple[int, ...]
     blocks: BlockIndices
     density: Density
+    pv_skip: float | None = None
 
 
 class Lists:
@@ -137,7 +138,8 @@ class Lists:
             lse=lse,
             pooled=group.pooled,
         )
-        return Part(tuple(range(len(group.heads))), blocks, blocks.density())
+        heads = tuple(range(len(group.heads)))
+        return Part(heads, blocks, blocks.density(), pattern.pv_skip)
 
     def _chosen(
         self, group: HeadGroup, choice: Choice, operands: Operands, grid: TokenGrid
@@ -176,7 +178,13 @@ def attend(parts: tuple[Part, ...], operands: Operands, backend: str) -> Pair:
         own = operands.of(part.heads)
         pairs.append(
             sparse_attention(
-                own.query, own.key, own.value, part.blocks, scale=own.scale, backend=backend
+                own.query,
+                own.key,
+                own.value,
+                part.blocks,
+                scale=own.scale,
+                pv_skip=part.pv_skip,
+                backend=backend,
             )
         )
     if len(pairs) == 1:

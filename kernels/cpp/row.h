@@ -37,6 +37,7 @@ struct Tile {
   int64_t tokens[TILE];
   float *queries, *sums;                                     // [depth][TILE], [head_dim][TILE]
   alignas(64) float largest[TILE], total[TILE];
+  alignas(64) float peak[TILE];                              // the true maximum, for pv_skip
   alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
   int64_t known[AXES][SLOTS];
   alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
@@ -49,6 +50,7 @@ struct Scratch {
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
   float *keys, *values, *woven, *scores, *weights, *rows;
   int64_t positions[STEP];
+  const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
   float bias[STEP];
   std::vector<std::unique_ptr<Tile>> tiles;
 
@@ -153,17 +155,19 @@ struct Row : Reader<Mode, Element> {
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
   const Windows& windows;
+  const float bound;  // how far below their maximum scores lie whose values are left out
   int tiles = 0, keys = 0;
   bool partial = false, pooled = false;
 
   Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
       : Reader<Mode, Element>(call, scratch, sample, row / call.query_blocks),
-        windows(call.windows[head]) {
+        windows(call.windows[head]),
+        bound((float)call.pv_skip * LOG2_E) {
     const int64_t block = row % call.query_blocks, end = call.query_offsets[block + 1];
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
     for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
-      visit(call.key_block[i], call.tag[i]);
+      visit(call.key_block[i], call.tag[i], call.mask_first ? call.mask_first[i] : -1);
     if (keys) step();
     for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
   }
@@ -175,6 +179,8 @@ struct Row : Reader<Mode, Element> {
     memset(tile.sums, 0, sizeof(float) * scratch.width * TILE);
     std::fill_n(tile.largest, TILE, LOWEST);
     std::fill_n(tile.total, TILE, 0.f);
+    // Lanes without a query never keep a tile.
+    for (int i = 0; i < TILE; i++) tile.peak[i] = i < count ? LOWEST : INFINITY;
     for (int axis = 0; axis < windows.axes; axis++) {
       std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
       // Lanes without a query see nothing: what an earlier row left there would decide when
@@ -187,13 +193,15 @@ struct Row : Reader<Mode, Element> {
     }
   }
 
-  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one.
-  void visit(int64_t block, int8_t tag) {
+  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one. `mask`
+  // is where those of a partial block begin.
+  void visit(int64_t block, int8_t tag, int64_t mask) {
     const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
     const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
+    const int64_t start = call.key_offsets[block];
     if (keys && (tag == PARTIAL) != partial) step();
     partial = tag == PARTIAL;
-    for (int64_t first = call.key_offsets[block]; first < end; first += run) {
+    for (int64_t first = start; first < end; first += run) {
       int64_t tokens[1 << 7], count = 0;
       for (int64_t i = first; i < std::min(first + run, end); i++)
         if (!hidden || !hidden[call.key_permutation[i]]) tokens[count++] = call.key_permutation[i];
@@ -208,25 +216,29 @@ struct Row : Reader<Mode, Element> {
         this->mean(call.value, tokens, count, value);
       }
       scratch.positions[keys] = tokens[0];
+      scratch.masks[keys] = mask < 0 ? nullptr : call.masks + mask + (first - start) * tiles;
       scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
       pooled |= count > 1;
       if (++keys == STEP) step();
     }
+    if (keys && leaves_out()) step();
   }
+
+  bool leaves_out() const { return bound > -INFINITY; }
 
   // Let every tile of queries look at the keys that were taken.
   void step() {
-    const float* values = scratch.values;
-    if constexpr (Mode::PACKED == 2) values = weave();
+    const float* values = nullptr;
     const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
                            scratch.scores, keys);
-      if (partial)
-        soften<true>(tile);
+      if (!(partial ? soften<true>(tile, i) : soften<false>(tile, i))) continue;
+      if constexpr (Mode::PACKED == 2)
+        values = values ? values : weave();
       else
-        soften<false>(tile);
+        values = scratch.values;
       product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
                           Mode::TURNED ? STEP / 2 : 1, scratch.width, packs, tile.sums,
                           call.head_dim);
@@ -255,15 +267,17 @@ struct Row : Reader<Mode, Element> {
     return turned;
   }
 
-  // Scores to weights; what was summed up before is scaled down where a maximum grew.
+  // Scores to weights; what was summed up before is scaled down where a maximum grew. Returns
+  // whether their values are to be summed up.
   template <bool MASKED>
-  void soften(Tile& tile) {
+  bool soften(Tile& tile, int number) {
     constexpr bool ROUGH = Mode::PACKED == 2;
     const bool changed = MASKED || pooled;
     Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
     for (int key = 0; key < keys; key++) {
       const int32_t* inside[AXES];
+      const uint64_t* own = MASKED ? scratch.masks[key] : nullptr;
       if (MASKED)
         for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
       for (int v = 0; v < VECTORS; v++) {
@@ -274,6 +288,7 @@ struct Row : Reader<Mode, Element> {
           Bits kept = ~(Bits){};
           for (int axis = 0; axis < windows.axes; axis++)
             kept &= *(const Bits*)(inside[axis] + v * LANES);
+          if (own) kept &= spread(own[number] >> v * LANES);
           score = where(kept, score, all(HIDDEN));
         }
         if (changed) store(at, score);
@@ -287,6 +302,7 @@ struct Row : Reader<Mode, Element> {
       grew |= largest[v] > load(tile.largest + v * LANES) + all(GROWTH);
     }
     if (any(grew)) raise(tile, largest);
+    const bool summed = !leaves_out() || near(tile, largest);
     for (int v = 0; v < VECTORS; v++) {
       const Vector top = load(tile.largest + v * LANES);
       Vector total = load(tile.total + v * LANES);
@@ -308,6 +324,18 @@ struct Row : Reader<Mode, Element> {
     if (Mode::TURNED)
       for (int pair = (keys + 1) / 2; pair < padded(keys, Mode::PAD) / 2; pair++)
         memset(scratch.weights + pair * TILE, 0, TILE * sizeof(float));
+    return summed;
+  }
+
+  // Whether a query of the tile has scores near its maximum, which is kept up to date here.
+  bool near(Tile& tile, const Vector* largest) {
+    Bits found = {};
+    for (int v = 0; v < VECTORS; v++) {
+      const Vector peak = larger(largest[v], load(tile.peak + v * LANES));
+      store(tile.peak + v * LANES, peak);
+      found |= ~(Bits)(largest[v] - peak < all(bound));
+    }
+    return any(found);
   }
 
   void raise(Tile& tile, const Vector* largest) {

@@ -36,6 +36,13 @@ INLINE Vector larger(Vector a, Vector b) {
 #endif
 }
 
+// All bits of a lane from one bit of `word` each, lowest first.
+INLINE Bits spread(uint64_t word) {
+  Bits own;
+  for (int i = 0; i < LANES; i++) own[i] = 1 << i;
+  return (own & (int32_t)(word & 0xffff)) != 0;
+}
+
 INLINE bool any(Bits mask) {
   int64_t words[LANES / 2], found = 0;
   memcpy(words, &mask, sizeof mask);

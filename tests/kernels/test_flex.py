@@ -202,8 +202,20 @@ class Formless(Band):
             "band 3 raster has partial blocks and is not made of windows",
         ),
         (call(blocks=block_indices([Formless(500)], GRIDS[0], raster())), None),
+        (replace(call(), pv_skip=-4.0), "leaves no values out, as pv_skip asks"),
     ],
-    ids=["cuda", "xpu", "cpu", "mps", "float64", "head_dim", "pooled", "no windows", "no partial"],
+    ids=[
+        "cuda",
+        "xpu",
+        "cpu",
+        "mps",
+        "float64",
+        "head_dim",
+        "pooled",
+        "windowless",
+        "whole",
+        "pv_skip",
+    ],
 )
 def test_refusals(asked: AttentionCall, reason: str | None):
     pytest.importorskip("triton")

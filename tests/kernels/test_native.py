@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,19 @@ from dit_sparse.kernels import compiler, native
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import block_indices, from_block_mask
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Band, Full, Neighborhood, Skip
+from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Radial, Sink, Skip
 
 GRID = TokenGrid(3, 7, 11, text_after=9, valid_text=(4, 9))
-PATTERNS = [Full(), Skip(), Band(40), Band(9, "pixel_major"), Neighborhood((3, 3, 5), (1, 2, 1))]
+PATTERNS = [
+    Full(),
+    Skip(),
+    Band(40),
+    Band(9, "pixel_major"),
+    Neighborhood((3, 3, 5), (1, 2, 1)),
+    AnyOf((Band(9, "pixel_major"), Sink())),
+    Radial("repo", 0.5),
+    Radial("repo", 0.5),
+]
 FLAGS = compiler.instruction_sets()
 SETS = sorted({FLAGS[:count] for count in (0, 2, 6, 7, len(FLAGS))}, key=len)
 
@@ -136,6 +146,18 @@ def test_no_samples_and_strange_strides(operands):
         assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
 
 
+def test_masks_that_are_too_large_are_refused(operands, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "_MOST_MASK_BYTES", 1 << 10)
+    query, key, value = operands(GRID.tokens, len(PATTERNS))
+    blocks = block_indices(PATTERNS, GRID, Band(40).order, 100, 48)
+    message = (
+        "band 9 pixel-major + sink 1 is not made of intervals, and masks of its partial blocks "
+        "take 0 MiB; at most 0 fit"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sparse_attention(query, key, value, blocks, backend="native")
+
+
 def test_memory_does_not_grow_with_tokens():
     """What one call holds beside its inputs and outputs, for 32 times the tokens."""
     script = (
@@ -159,6 +181,40 @@ def test_memory_does_not_grow_with_tokens():
     ).stdout
     operand = 131_072 * 64 * 4 / 1024
     assert int(shown) < 3 * operand, "input and output are two; kilobytes"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands():
+    """119,056 tokens in GNA's windows: the peak of one call beside its inputs and outputs."""
+    script = (
+        "import ctypes, pathlib, torch\n"
+        "from dit_sparse.kernels.attention import sparse_attention\n"
+        "from dit_sparse.kernels.blocks import block_indices\n"
+        "from dit_sparse.kernels.grid import TokenGrid\n"
+        "from dit_sparse.kernels.order import tile\n"
+        "from dit_sparse.kernels.pattern import Neighborhood\n"
+        "torch.set_num_threads(2)\n"
+        "def held(name):\n"
+        "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+        "    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith(name))\n"
+        "def beside(grid, window, stride):\n"
+        "    blocks = block_indices([Neighborhood(window, stride)], grid, tile(2, 8, 8))\n"
+        "    q = torch.ones(1, grid.tokens, 1, 128)\n"
+        "    k, v = q.clone(), q.clone()\n"
+        "    if hasattr(ctypes.CDLL(None), 'malloc_trim'):\n"
+        "        ctypes.CDLL(None).malloc_trim(0)\n"
+        "    pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
+        "    before = held('VmRSS')\n"
+        "    output, lse = sparse_attention(q, k, v, blocks, backend='native')\n"
+        "    extra = held('VmHWM') - before - output.nbytes - lse.nbytes\n"
+        "    return extra / (3 * q.nbytes)\n"
+        "beside(TokenGrid(4, 16, 16), (2, 8, 8), (1, 1, 1))\n"
+        "print(beside(TokenGrid(33, 45, 80, text_after=256), (18, 24, 24), (16, 8, 8)))\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert 0 < float(shown) <= 0.1
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):

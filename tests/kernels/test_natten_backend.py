@@ -1,6 +1,7 @@
 """NATTEN: when it is refused, and what it is asked for, by a stand-in for the library."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -64,8 +65,9 @@ def call(patterns: list[Pattern], grid: TokenGrid = GRID, **change: Any) -> Atte
         ),
         (call([BOX], head_dim=36), "needs a head_dim that is a multiple of 8, got 36"),
         (call([BOX], scale=0.0), "takes a scale of 0 for none"),
+        (replace(call([BOX]), pv_skip=-4.0), "leaves no values out, as pv_skip asks"),
     ],
-    ids=["taken", "cpu", "band", "text", "flat", "float64", "head_dim", "scale"],
+    ids=["taken", "cpu", "band", "text", "flat", "float64", "head_dim", "scale", "pv_skip"],
 )
 def test_refusals(asked: AttentionCall, reason: str | None, natten: list[dict[str, Any]]):
     assert natten_backend.supports(asked) == reason

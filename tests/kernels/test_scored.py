@@ -23,7 +23,7 @@ PATTERNS = [
     Scored(Sampled(16), Cumulative(0.95, 0.05, 0.5), "gilbert", 1),
     Scored(Sampled(), Bands((0.4, 0.5, 0.6, 0.8), "mass", 0.06), "pixel_major"),
     Scored(Means(0.1), TopRow(0.4)),
-    Scored(Means(), TopHead(0.5)),
+    Scored(Means(), TopHead(0.5), pv_skip=-4.5),
 ]
 CLUSTERED = Scored(Clustered(30, 100), Cumulative(0.9, 0.1))
 GRIDS = [
@@ -142,6 +142,7 @@ def test_its_json_is_nested_values():
         "select": {"kind": "tiers", "density": 0.2, "recall": 0.8},
         "token_order": "gilbert",
         "sink_frames": 0,
+        "pv_skip": None,
     }
 
 
@@ -177,6 +178,7 @@ def test_its_json_is_nested_values():
         ),
         ({"token_order": "tile"}, "token_order of pattern 'scored' must be one of 'raster', 'pix"),
         ({"sink_frames": -1}, "sink_frames must not be negative, got -1; use 0 for no sink"),
+        ({"pv_skip": 4}, "pv_skip must be a negative number, got 4; leave it out to leave no"),
         ({"order": "raster"}, "pattern 'scored' has no field order; it takes score, select, tok"),
     ],
 )
@@ -213,7 +215,7 @@ def test_it_prints_what_it_is():
         "scored sampled 16, cumulative 0.95 in 0.05..0.5, gilbert, sink 1",
         "scored sampled 32, bands 0.4/0.5/0.6/0.8 by mass from 0.06, pixel_major",
         "scored means alike above 0.1, top 0.4 of rows, raster",
-        "scored means alike above 0.6, top 0.5 of heads, raster",
+        "scored means alike above 0.6, top 0.5 of heads, raster, pv_skip -4.5",
     ]
     assert str(CLUSTERED) == "scored 30 x 100 clusters, cumulative 0.9 in 0.1..1"
 

@@ -5,6 +5,7 @@ before it imports the kernels, and on a GPU if there is one. Blocks are small: t
 takes milliseconds for a tile.
 """
 
+import math
 import os
 from dataclasses import replace
 
@@ -165,6 +166,34 @@ def test_queries_and_keys_in_orders_of_their_own(valid_text: tuple[int, int] | N
     tags = torch.randint(-2, 4, shape, generator=torch.Generator().manual_seed(3)).to(torch.int8)
     tags[tags == -1] = -2
     check(from_cuts(tags, grid, sides, (16, 24)), 40, torch.float32)
+
+
+@pytest.mark.parametrize("pv_skip", [-0.5, -2.0, -torch.inf])
+def test_SP4_values_are_left_out(pv_skip: float):
+    # Where a block is a tile and all are whole, tiles are visited as the reference visits blocks.
+    blocks = block_indices([Full(), Skip()], GRID, tile(2, 3, 4), 32, 16)
+    query, key, value = draw(GRID, 2, 32, torch.float32, 1)
+    check_on(4 * query, key, value, blocks, pv_skip=pv_skip)
+
+
+def test_SP4_masked_and_pooled_tiles_are_left_out():
+    """They are visited in another order than the reference's, within the same bound."""
+    grid = TokenGrid(1, 8, 8)
+    tags = torch.tensor([[[0, 3, 2, 0]] * 4]).to(torch.int8)
+    for blocks in (
+        block_indices([Band(25)], grid, raster(), 16, 16),
+        block_indices([Neighborhood((1, 5, 5))], grid, tile(1, 4, 4), 16, 16),
+        from_tags(tags, grid, raster(), 16, 16),
+    ):
+        query, key, value = draw(grid, 1, 16, torch.float32, 1)
+        query[..., 0] = 8.0
+        for block, level in enumerate((4.0, 0.0, 3.0, 1.0)):
+            key[:, blocks.key_tokens(block), :, 0] = level
+        plain, lse = sparse_attention(query, key, value, blocks, backend="triton")
+        output, sums = sparse_attention(query, key, value, blocks, pv_skip=-1.0, backend="triton")
+        torch.testing.assert_close(sums, lse)
+        missing = (output - plain).abs().max()
+        assert 1e-5 < missing <= grid.tokens * math.exp(-1) * value.abs().max()
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.0, -0.2])

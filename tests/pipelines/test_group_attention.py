@@ -149,6 +149,18 @@ def test_staggered_layers_find_blocks_and_take_caches_in_turn() -> None:
     assert dense_at == {0: [0, 3, 6], 1: [0, 1, 4, 7], 2: [0, 2, 5], 3: [0, 3, 6]}
 
 
+def test_SP4_a_scored_pattern_carries_its_pv_skip() -> None:
+    pattern = replace(SAMPLED, pv_skip=-0.05)
+    run, _ = runner(pattern, Drop(), Schedule(renew_every=1))
+    of = operands(0)
+    blocks = searched(pattern, of, None)
+    expected, _ = sparse_attention(
+        of.query, of.key, of.value, blocks, pv_skip=-0.05, backend="reference"
+    )
+    assert_same(run(0).output, expected)
+    assert apart(expected, attend(of, blocks)[0])
+
+
 def test_scores_without_an_lse_never_run_dense() -> None:
     run, _ = runner(SAMPLED, Drop(), Schedule(renew_every=1))
     for step in range(3):

@@ -1,0 +1,150 @@
+// Sanitized: the C++ kernels over ragged calls, every operand in memory of its own of exactly its
+// size, for a compiler that watches what is read and written. Prints how many calls were made.
+
+#include <cstdio>
+#include <random>
+
+#include "attend.cpp"
+
+static std::mt19937 random_bits(7);
+
+static int64_t below(int64_t count) { return random_bits() % count; }
+
+// Blocks of 1 to `largest` tokens.
+static std::vector<int64_t> cuts(int64_t tokens, int64_t largest) {
+  std::vector<int64_t> offsets{0};
+  while (offsets.back() < tokens)
+    offsets.push_back(std::min(tokens, offsets.back() + 1 + below(largest)));
+  return offsets;
+}
+
+static std::vector<int32_t> integers(int64_t count, int64_t low, int64_t high) {
+  std::vector<int32_t> made(count);
+  for (auto& x : made) x = (int32_t)(low + below(high - low));
+  return made;
+}
+
+template <class Element>
+static std::vector<Element> operand(int64_t count) {
+  std::vector<Element> made(count);
+  std::normal_distribution<float> normal;
+  for (auto& x : made) narrow(normal(random_bits), x);
+  return made;
+}
+
+static void require(bool holds, const char* what) {
+  if (holds) return;
+  fprintf(stderr, "%s\n", what);
+  exit(1);
+}
+
+struct Shape {
+  int64_t batch, tokens, heads, head_dim, block_q, block_k, threads;
+};
+
+template <class Element>
+static void attend(const Shape& shape, int dtype, double scale, double pv_skip) {
+  const auto [batch, tokens, heads, head_dim, block_q, block_k, threads] = shape;
+  const int64_t size = batch * tokens * heads * head_dim;
+  const auto query = operand<Element>(size), key = operand<Element>(size),
+             value = operand<Element>(size);
+  std::vector<Element> output(size);
+  for (auto& x : output) narrow(NAN, x);
+  std::vector<float> lse(batch * heads * tokens, NAN);
+  std::vector<int64_t> permutation(tokens);
+  for (int64_t i = 0; i < tokens; i++) permutation[i] = i;
+  std::shuffle(permutation.begin(), permutation.end(), random_bits);
+  const auto query_offsets = cuts(tokens, block_q), key_offsets = cuts(tokens, block_k);
+  const int64_t query_blocks = query_offsets.size() - 1, key_blocks = key_offsets.size() - 1;
+  std::vector<int32_t> row_pointer{0}, key_block;
+  std::vector<int8_t> tag;
+  std::vector<int64_t> mask_first;
+  std::vector<uint64_t> masks;
+  for (int64_t row = 0; row < heads * query_blocks; row++) {
+    for (int64_t block = 0; row % 5 && block < key_blocks; block++)
+      if (below(3)) {
+        key_block.push_back((int32_t)block);
+        tag.push_back((int8_t)(below(2) ? below(2) - 1 : below(8)));
+        const int64_t own = row % query_blocks, keys = key_offsets[block + 1] - key_offsets[block];
+        const bool masked = tag.back() == PARTIAL && below(2);
+        mask_first.push_back(masked ? masks.size() : -1);
+        for (int64_t word = (query_offsets[own + 1] - query_offsets[own] + TILE - 1) / TILE * keys;
+             masked && word; word--)
+          masks.push_back(random_bits() | (uint64_t)random_bits() << 32);
+      }
+    row_pointer.push_back((int32_t)key_block.size());
+  }
+  std::vector<int64_t> longest_first(heads * query_blocks);
+  for (size_t i = 0; i < longest_first.size(); i++) longest_first[i] = longest_first.size() - 1 - i;
+  std::vector<std::vector<int32_t>> tables;
+  std::vector<Windows> windows;
+  for (int64_t head = 0; head < heads; head++) {
+    const int64_t axes = head % (AXES + 1);
+    for (auto [low, high] : {std::pair{-tokens, tokens}, {int64_t(0), 2 * tokens}, {-2, tokens}})
+      tables.push_back(integers(axes * tokens, low, high));
+    const auto* last = &tables.back();
+    windows.push_back({axes, last[-2].data(), last[-1].data(), last[0].data()});
+  }
+  std::vector<uint8_t> hidden(batch * tokens);
+  for (auto& x : hidden) x = below(4) == 0;
+
+  auto whole = [&](const std::vector<Element>& x) {
+    return Operand{x.data(), tokens * heads * head_dim, heads * head_dim, head_dim};
+  };
+  masks.shrink_to_fit();
+  Call call{};
+  call.query = whole(query);
+  call.key = whole(key);
+  call.value = whole(value);
+  call.output = whole(output);
+  call.lse = lse.data();
+  call.permutation = permutation.data();
+  call.query_offsets = query_offsets.data();
+  call.key_offsets = key_offsets.data();
+  call.row_pointer = row_pointer.data();
+  call.key_block = key_block.data();
+  call.tag = tag.data();
+  call.longest_first = longest_first.data();
+  call.windows = windows.data();
+  call.mask_first = heads > 1 ? mask_first.data() : nullptr;
+  call.masks = masks.data();
+  call.hidden = batch > 1 ? hidden.data() : nullptr;
+  call.batch = batch;
+  call.tokens = tokens;
+  call.heads = heads;
+  call.head_dim = head_dim;
+  call.query_blocks = query_blocks;
+  call.threads = threads;
+  call.scale = scale;
+  call.pv_skip = pv_skip;
+  require(!dit_sparse_attend(&call, dtype), "no memory");
+  for (auto x : output) require(std::isfinite(widened(x)), "an output is missing");
+  for (auto x : lse) require(!std::isnan(x), "a sum is missing");
+
+  const int64_t tiles = (tokens + TILE - 1) / TILE;
+  std::vector<int64_t> slots(tiles * TILE, -1), block(tiles * TILE, -1), group{0, tiles};
+  for (int64_t i = 0; i < tokens; i++)
+    if (below(6)) slots[i] = permutation[i], block[i] = below(query_blocks);
+  std::vector<float> mass(batch * heads * query_blocks * key_blocks);
+  require(!dit_sparse_mass(&call, dtype, slots.data(), block.data(), group.data(), 1, key_blocks,
+                           mass.data()),
+          "no memory");
+  for (auto x : mass) require(x >= 0, "a mass is no number");
+}
+
+int main() {
+  const Shape shapes[] = {
+      {1, 1, 1, 1, 1, 1, 1},      {1, 63, 2, 13, 64, 64, 2},   {2, 131, 6, 40, 100, 48, 2},
+      {2, 97, 5, 88, 7, 130, 3},  {1, 200, 3, 128, 130, 65, 2}, {1, 70, 2, 256, 33, 200, 1},
+      {3, 65, 1, 16, 65, 1, 4},
+  };
+  int calls = 0;
+  for (const auto& shape : shapes)
+    for (double pv_skip : {-(double)INFINITY, -1.0}) {
+      attend<float>(shape, 0, 0.3, pv_skip);
+      attend<Bfloat>(shape, 1, -0.3, pv_skip);
+      attend<Float16>(shape, 2, 0.0, pv_skip);
+      calls += 3;
+    }
+  printf("%d calls\n", calls);
+}
