@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
+from dit_sparse.search.course import foreseeable
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of
 from dit_sparse.search.space import Candidate
@@ -43,7 +44,7 @@ class Choices:
     """The choices of all heads.
 
     Args:
-        cost: what costs are: `"flops"` or `"time"`, over a generation, relative to dense attention.
+        cost: what costs are: `"flops"` or `"time"` of a generation, relative to dense attention.
         price: error that one unit of a head's cost is worth at the plan's mean cost.
         layers: the heads of each layer.
         curve: (mean cost, error) of the best assignments, the cheapest first; errors as in
@@ -66,12 +67,12 @@ class Choices:
 
 def choices(plan: Plan) -> Choices | None:
     """Why the heads of a searched plan run what they run; `None` for a plan without evidence, or
-    one with candidates that its search did not try.
+    one with candidates or a schedule that its search cannot have found.
 
     Raises:
         ValueError: if the evidence does not fit together.
     """
-    if not plan.evidence:
+    if not plan.evidence or not foreseeable(plan.schedule):
         return None
     evidence = Evidence.of_plan(plan)
     chosen = _chosen(evidence, plan)
