@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
+from dit_sparse.search.course import foreseeable
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of
 from dit_sparse.search.timing import timing_note
@@ -65,12 +66,12 @@ class Choices:
 
 def choices(plan: Plan) -> Choices | None:
     """Why the heads of a searched plan run what they run; `None` for a plan without evidence, or
-    one with candidates that its search did not try.
+    one with candidates or a schedule that its search cannot have found.
 
     Raises:
         ValueError: if the evidence does not fit together.
     """
-    if not plan.evidence:
+    if not plan.evidence or not foreseeable(plan.schedule):
         return None
     evidence = Evidence.of_plan(plan)
     chosen = evidence.chosen(plan)

@@ -66,6 +66,12 @@ class Course:
         return (self.dense + self.searches * search + self.sparse * density) / self.steps
 
 
+def foreseeable(schedule: Schedule) -> bool:
+    """Whether it is known before denoising what each guidance branch does at which step."""
+    online = schedule.sigma_above is not None or schedule.recall is not None
+    return not online and not schedule.share_branches
+
+
 def course(keeping: Keeping, schedule: Schedule, steps: int) -> Course:
     """What a head that keeps `keeping` does under `schedule`.
 
@@ -73,7 +79,7 @@ def course(keeping: Keeping, schedule: Schedule, steps: int) -> Course:
         ValueError: if the schedule depends on noise levels or on recall, which are known only
             while denoising, or on what the other guidance branch found.
     """
-    if schedule.sigma_above is not None or schedule.recall is not None or schedule.share_branches:
+    if not foreseeable(schedule):
         raise ValueError(
             f"a search needs a schedule that is known beforehand, came {schedule}; give counts of "
             "dense steps and a period, without sigma_above, recall and share_branches"

@@ -88,7 +88,8 @@ class Timing:
             return None
         try:
             timing = cls(**kept)
-            sound = timing.seconds_per_step > 0 and timing.seconds_outside >= 0
+            sound = timing.steps >= 1 and timing.seconds_per_step > 0
+            sound = sound and timing.seconds_outside >= 0
             sound = sound and 0 <= timing.attention_share <= 1
         except TypeError as error:
             raise ValueError(f"the plan's timing is incomplete ({error}); search again") from error

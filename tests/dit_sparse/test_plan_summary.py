@@ -11,14 +11,17 @@ from rich.console import Console
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.remainder import Drop
 from dit_sparse.pipelines.fingerprint import ModelFingerprint
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.plan_summary import plan_summary
 from dit_sparse.plots import plot_plan
 from dit_sparse.search.budget import Budget
+from dit_sparse.search.course import Sightings
 from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.space import Space
 from dit_sparse.search.timing import Timing
 from dit_sparse.tables import choices_table, plan_table
 
@@ -97,14 +100,22 @@ def test_heat_map_shows_density_as_color(tmp_path: Path) -> None:
 
 
 def searched() -> Plan:
-    """A plan with evidence: full, skip and a band for every head."""
-    patterns = (Full(), Skip(), Band(6))
-    shape = (3, 2, 3)
-    cost = torch.tensor([1.0, 0.0, 0.5]).expand(shape).clone()
-    error = torch.tensor([0.0, 1.0, 0.1]).expand(shape) * torch.arange(1, 7).reshape(3, 2, 1)
-    mass = torch.ones(3, 2, 6) / 6
-    evidence = Evidence(tuple(HEADS), patterns, (), TokenGrid(*GRID), 8, error, cost, mass)
-    timing = Timing("a device", 20, 20, 1.0, 0.52, 0.0)
+    """A plan with evidence: full, skip and a band for every head, after three dense steps."""
+    evidence = Evidence(
+        layers=tuple(HEADS),
+        space=Space((Full(), Skip(), Band(6)), (), (Drop(),)),
+        sightings=Sightings(20, (3,), (0,)),
+        schedules=(Schedule(2, 1),),
+        grid=TokenGrid(*GRID),
+        block=8,
+        head_dim=(12, 12, 12),
+        copies=2,
+        error=torch.tensor([0.0, 1.0, 0.1]).expand(3, 2, 3)[..., None, None]
+        * torch.arange(1, 7).reshape(3, 2, 1, 1, 1),
+        density=torch.tensor([1.0, 0.0, 0.5]).expand(3, 2, 3).clone(),
+        column_mass=torch.ones(3, 2, 6) / 6,
+    )
+    timing = Timing("a device", 20, 1.0, 0.52, 0.0)
     base = replace(
         PLAN,
         assignment=dict.fromkeys(HEADS, (Full(), Full())),
@@ -119,7 +130,10 @@ def test_searched_plan_is_explained_and_its_curve_drawn(tmp_path: Path) -> None:
     assert summary.choices is not None
     content = summary.to_dict()["choices"]
     assert set(content["layers"]) == set(HEADS)
-    assert content["curve"][-1] == (1.0, 0.0)
+    assert content["curve"][-1] == pytest.approx((1.0, 0.0))
+    assert content["cost"] == "flops"
+    # Two skips and four bands, besides three of 20 steps.
+    assert content["point"][0] == pytest.approx(3 / 20 + 17 / 20 * 4 * 0.5 / 6)
     path = tmp_path / "plan.png"
     plot_plan(summary, path)
     with Image.open(path) as image:
@@ -138,7 +152,7 @@ def test_tables_say_why_and_how_fast(tmp_path: Path) -> None:
     console.print(plan_table(summary))
     console.print(choices_table(summary.choices))
     text = console.export_text()
-    assert "attention is 52% of this run; at density 0.33 expect at most" in text
+    assert "attention is 52% of this run; at 0.43 of its FLOPs expect at most" in text
     assert text.count("transformer.blocks.2.attn1 1") == 1
     assert "runner-up: of the others, the least error + " in text
 

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.search import columns as module
-from dit_sparse.search.columns import column_counts, column_mass, columns, columns_cost
+from dit_sparse.search.columns import column_counts, column_mass, columns
 
 
 @pytest.mark.parametrize("chunk", [1, 2**28], ids=["row-by-row", "at-once"])
@@ -39,22 +38,6 @@ def test_the_blocks_of_largest_mass_are_kept_in_order() -> None:
         (1, 3),
         (0, 1, 3),
     ]
-
-
-@pytest.mark.parametrize(
-    "grid",
-    [TokenGrid(2, 8, 8), TokenGrid(2, 5, 5), TokenGrid(2, 5, 5, 7, 0), TokenGrid(1, 5, 9, 0, 20)],
-    ids=str,
-)
-def test_cost_is_the_block_density(grid: TokenGrid) -> None:
-    count = -(-grid.video // 16)
-    for kept in range(1, count):
-        for first in (0, count - kept):
-            mass = torch.zeros(count)
-            mass[first : first + kept] = 1
-            pattern = columns(mass, kept, grid, 16)
-            density = block_indices((pattern,), grid, block_q=16, block_k=16).density()
-            assert columns_cost(pattern, grid) == pytest.approx(density.block, rel=1e-12)
 
 
 def test_counts_climb_the_ladder_and_stay_below_full() -> None:

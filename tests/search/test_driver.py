@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -294,6 +295,13 @@ def test_a_psnr_is_held_by_the_videos(pipe: Any, monkeypatch: pytest.MonkeyPatch
             videos.append(torch.from_numpy(pipe(**call, generator=generator).frames[0]))
     assert fidelity.mean_psnr(videos[1:], videos[:1]) == pytest.approx(achieved["psnr"], abs=0.1)
     assert "achieved" not in resolve(found, Budget(density=0.5)).provenance
+
+
+def test_another_budget_takes_less_than_a_second(plan: Plan) -> None:
+    for budget in (Budget(flops=0.5), Budget(density=0.3), Budget(flops=0.4, cache_bytes=5000)):
+        start = time.process_time()
+        resolve(plan, budget)
+        assert time.process_time() - start < 1
 
 
 def test_resolve_refuses_a_plan_without_evidence(pipe: Any, plan: Plan) -> None:
