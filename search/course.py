@@ -19,6 +19,13 @@ from dit_sparse.kernels.remainder import Remainder
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.schedule import Schedule
 
+DECAY = 9.0
+"""An error at the last step counts `exp(-DECAY)` of one at the first, where it is not measured.
+
+On the sample model a mild error at step 1 of 20 moves the video 150 times as much as one at step
+12: what is drawn is settled early, which is why every method keeps the first steps dense.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
@@ -129,15 +136,30 @@ class Sightings:
         """The last step that is looked at."""
         return max(step for step in range(self.steps) if self.at(step))
 
-    def weights(self, course: Course) -> Tensor:
+    def weights(self, course: Course, importance: Tensor | None = None) -> Tensor:
         """How much each sighting counts in the mean error of `course` over its steps, float64
-        `[anchors, ages]`. Steps are carried over as shares of the generation."""
+        `[anchors, ages]`. Steps are carried over as shares of the generation.
+
+        `importance` `[anchors]` says how much an error at these steps counts, the logarithm is
+        interpolated between; if not given it falls by `DECAY`. Its mean over all steps is 1.
+        """
         stretch = self.steps / course.steps
+        each = self._importance(importance, course.steps)
         total = torch.zeros(len(self.anchors), len(self.ages), dtype=torch.double)
         for step, age in course.errs:
             anchor = _between(self.anchors, (step - age) * stretch)
-            total += torch.outer(anchor, _between(self.ages, age * stretch))
+            total += each[step] * torch.outer(anchor, _between(self.ages, age * stretch))
         return total / course.steps
+
+    def _importance(self, importance: Tensor | None, steps: int) -> Tensor:
+        """How much each of `steps` counts, float64."""
+        if importance is None:
+            weights = torch.exp(-DECAY * torch.arange(steps, dtype=torch.double) / steps)
+        else:
+            known = importance.double().log()
+            places = [step * self.steps / steps for step in range(steps)]
+            weights = torch.stack([_between(self.anchors, at) @ known for at in places]).exp()
+        return weights / weights.mean()
 
 
 def sightings(steps: int, schedules: tuple[Schedule, ...], anchors: int) -> Sightings:

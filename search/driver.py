@@ -34,7 +34,7 @@ from dit_sparse.search.fidelity import CHECKS, distance, loosest, mean_psnr
 from dit_sparse.search.gathering import evidence_of
 from dit_sparse.search.generations import Generations
 from dit_sparse.search.observer import Scoring
-from dit_sparse.search.propagation import propagation
+from dit_sparse.search.propagation import importance, propagation
 from dit_sparse.search.record import Record, Seen
 from dit_sparse.search.solution import solve
 from dit_sparse.search.space import KINDS, Space, check_kinds, patterns, remainders
@@ -91,8 +91,8 @@ def search_plan(
         rows (`int`): query rows to sample in each call.
         metric (`str`): of the error, see `kernels.error.pattern_error`.
         through_wo (`bool`): whether errors are taken through the output projection.
-        propagate (`bool`): whether to weigh layers by how much of their error reaches the video,
-            which takes a generation for each of them; see `propagation.py`.
+        propagate (`bool`): whether to measure how much of the errors of each layer and anchor
+            reaches the video, which takes a generation for each of them; see `propagation.py`.
         work (`str | Path`, *optional*): folder that keeps what was seen of each prompt; a search
             that was killed goes on from there with the same arguments, to the same plan.
         progress (`Callable`, *optional*): told (steps done, steps in all) after every step.
@@ -135,7 +135,7 @@ def search_plan(
     whole = generated or propagate
     last = steps - 1 if whole else seen_at.last
     total = len(prompts) * (last + 1 + generated * CHECKS * steps)
-    total += propagate * len(base.assignment) * steps
+    total += propagate * (len(base.assignment) + len(seen_at.anchors)) * steps
     generations = Generations(pipe, prompts, steps, arguments, seed, total, progress)
     told = settings | {"model": base.digest, "block": block, "last": last, "videos": whole}
     told |= {"sightings": [seen_at.steps, seen_at.anchors, seen_at.ages]}
@@ -160,12 +160,15 @@ def search_plan(
             return [generations.sparse(number) for number in range(count)]
 
     if propagate:
+
+        def moved(plan: Plan) -> float:
+            return distance(references[:1], videos(plan, 1))
+
+        evidence = replace(evidence, importance=importance(evidence, searched, moved))
         usual = solve(evidence, Budget(flops=PROPAGATED))
-        weights = propagation(
-            evidence, usual, searched, lambda plan: distance(references[:1], videos(plan, 1))
-        )
-        weighed = replace(evidence, propagation=weights)
-        searched = replace(searched, evidence=weighed.arrays())
+        weights = propagation(evidence, usual, searched, moved)
+        evidence = replace(evidence, propagation=weights)
+        searched = replace(searched, evidence=evidence.arrays())
     if budget.psnr is None:
         return resolve(searched, budget)
 

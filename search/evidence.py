@@ -24,7 +24,7 @@ from dit_sparse.search.course import Keeping, Sightings, course
 from dit_sparse.search.space import Candidate, Space, search_cost
 
 ARRAYS = ("error", "density", "column_mass")
-OPTIONAL = ("time", "propagation")
+OPTIONAL = ("time", "propagation", "importance")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,9 @@ class Evidence:
         column_mass: float32 `[layers, heads, key blocks]`.
         time: float32, shaped as `density`, of a sparse pass in dense attention's time; `None` if
             nothing on the device was calibrated.
-        propagation: float32 `[layers]`, by which errors of each layer count; `None` for alike.
+        propagation: float32 `[layers]`, how much errors of each layer count; `None` for alike.
+        importance: float32 `[anchors]`, how much errors at these steps count; see
+            `Sightings.weights`.
     """
 
     layers: tuple[str, ...]
@@ -94,6 +96,7 @@ class Evidence:
     column_mass: Tensor
     time: Tensor | None = None
     propagation: Tensor | None = None
+    importance: Tensor | None = None
 
     def candidate(self, layer: int, head: int, number: int) -> Candidate:
         """One candidate of one head."""
@@ -148,7 +151,7 @@ class Evidence:
         kept = torch.zeros_like(density)
         for keeping, numbers in self._keeping.items():
             own = course(keeping, schedule, steps)
-            weights = self.sightings.weights(own).flatten()
+            weights = self.sightings.weights(own, self.importance).flatten()
             search = torch.tensor([self._search[number] for number in numbers])
             error[..., numbers] = self._known[..., numbers, :] @ weights
             flops[..., numbers] = own.cost(density[..., numbers], search)
@@ -263,9 +266,10 @@ class Evidence:
                 f"should have {blocks} key blocks, column_mass has the shape "
                 f"{tuple(self.column_mass.shape)}"
             )
-        weights = self.propagation
-        if weights is not None and (len(weights) != len(self.layers) or not (weights > 0).all()):
-            return "should have a propagation above 0 for each layer"
+        for name, count in (("propagation", len(self.layers)), ("importance", len(seen.anchors))):
+            weights: Tensor | None = getattr(self, name)
+            if weights is not None and (len(weights) != count or not (weights > 0).all()):
+                return f"should have {count} numbers above 0 as its {name}"
         if len(self.head_dim) != len(self.layers):
             return f"should have a head_dim for each of {len(self.layers)} layers"
         if (self.error[..., self.full, :, :] != 0).any():

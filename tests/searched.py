@@ -55,6 +55,7 @@ def evidence_of(layers: int, seed: int = 0) -> Evidence:
         error=error.flatten(2, 3),
         density=density,
         column_mass=torch.rand(layers, HEADS, 6, generator=generator),
+        importance=torch.ones(len(SEEN.anchors)),
     )
 
 

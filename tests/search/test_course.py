@@ -1,5 +1,6 @@
 """Courses against what runs, and what sightings make of them, by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -20,7 +21,15 @@ from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.parts import Operands
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search.course import Course, Keeping, Sightings, course, schedules, sightings
+from dit_sparse.search.course import (
+    DECAY,
+    Course,
+    Keeping,
+    Sightings,
+    course,
+    schedules,
+    sightings,
+)
 from dit_sparse.search.space import Candidate, blocks_like, search_cost
 from tests import tiny
 
@@ -144,6 +153,7 @@ def test_what_is_known_only_while_denoising_is_refused(schedule: Schedule) -> No
 
 
 SEEN = Sightings(12, (2, 6), (0, 1, 3))
+EQUAL = torch.ones(2)
 
 
 def table(*rows: tuple[float, float, float]) -> Tensor:
@@ -165,16 +175,16 @@ def table(*rows: tuple[float, float, float]) -> Tensor:
     ids=["seen", "aged", "between", "quarter", "old", "late"],
 )
 def test_weights_interpolate(errs: tuple[tuple[int, int], ...], expected: Tensor) -> None:
-    weights = SEEN.weights(Course(12, 0, 0, 0, errs))
+    weights = SEEN.weights(Course(12, 0, 0, 0, errs), EQUAL)
     torch.testing.assert_close(weights, expected / 12)
 
 
 def test_other_numbers_of_steps_are_carried_over_as_shares() -> None:
     # Step 12 of 24, renewed at 8: step 4 of 12, 2 steps ago.
-    weights = SEEN.weights(Course(24, 0, 0, 0, ((12, 4),)))
+    weights = SEEN.weights(Course(24, 0, 0, 0, ((12, 4),)), EQUAL)
     torch.testing.assert_close(weights, table((0, 0.25, 0.25), (0, 0.25, 0.25)) / 24)
     # Step 2 of 6, renewed at 1: step 2 of 12, 2 steps ago.
-    weights = SEEN.weights(Course(6, 0, 0, 0, ((2, 1),)))
+    weights = SEEN.weights(Course(6, 0, 0, 0, ((2, 1),)), EQUAL)
     torch.testing.assert_close(weights, table((0, 0.5, 0.5), (0, 0, 0)) / 6)
 
 
@@ -184,7 +194,7 @@ def test_weights_sum_to_the_share_of_steps_that_err(
     candidate: tuple[Pattern, Remainder], schedule: Schedule, steps: int
 ) -> None:
     own = course(keeping(*candidate), schedule, steps)
-    weights = SEEN.weights(own)
+    weights = SEEN.weights(own, EQUAL)
     assert (weights >= 0).all()
     assert weights.sum().item() == pytest.approx(len(own.errs) / steps)
 
@@ -231,3 +241,20 @@ def test_schedules_cover_a_twentieth_to_a_third_dense() -> None:
     assert {each.renew_every for each in every} == {0, 2, 3, 4, 6, 9}
     assert len(every) == len(set(every)) == 30
     assert schedules(4) == (Schedule(dense_first=1), Schedule(dense_first=1, renew_every=2))
+
+
+def test_measured_importance_is_interpolated_by_its_logarithm() -> None:
+    own = Course(12, 0, 0, 0, ((4, 0), (8, 0)))
+    # Steps 0 to 2 count 100, step 4, half way to the second anchor, 10, and those from 6 on 1.
+    each = torch.tensor([100.0] * 3 + [10**1.5, 10.0, 10**0.5] + [1.0] * 6, dtype=torch.double)
+    each /= each.mean()
+    expected = each[4] * table((0.5, 0, 0), (0.5, 0, 0)) + each[8] * table((0, 0, 0), (1, 0, 0))
+    weights = SEEN.weights(own, torch.tensor([100.0, 1.0]))
+    torch.testing.assert_close(weights, expected / 12)
+
+
+def test_errors_of_early_steps_count_more_where_nothing_was_measured() -> None:
+    early, late = (SEEN.weights(Course(12, 0, 0, 0, ((step, 0),))).sum() for step in (1, 9))
+    assert (early / late).item() == pytest.approx(math.exp(DECAY * 8 / 12))
+    everything = Course(12, 0, 0, 0, tuple((step, 0) for step in range(12)))
+    assert SEEN.weights(everything).sum().item() == pytest.approx(1)
