@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dit_sparse.kernels.choosing import choice_cost
 from dit_sparse.kernels.clustered_blocks import cluster_cost
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.order import TokenOrder
+from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Choice, Full, OnlinePattern, Pattern
 from dit_sparse.kernels.remainder import Cached, Drop, Pooled, Remainder
 from dit_sparse.kernels.score import Clustered, Oracle
@@ -83,7 +83,7 @@ def head_groups(
     patterns: tuple[Pattern, ...], remainders: tuple[Remainder, ...]
 ) -> tuple[HeadGroup, ...]:
     """The heads of a layer by what they can share a call with; heads that want no order ride with
-    the first group of their remainder.
+    the first group of their remainder, or if they see means, which depend on it, with raster.
 
     None for a layer whose heads are all full: it runs the model's own attention.
     """
@@ -94,11 +94,12 @@ def head_groups(
     for head, (pattern, remainder) in enumerate(zip(patterns, remainders, strict=True)):
         if isinstance(pattern, OnlinePattern):
             groups.setdefault((remainder, pattern), []).append(head)
-        elif pattern.order is not None:
-            groups.setdefault((remainder, pattern.order), []).append(head)
+        elif pattern == Full():
+            riders.setdefault(Drop(), []).append(head)
+        elif pattern.order is not None or isinstance(remainder, Pooled):
+            groups.setdefault((remainder, pattern.order or raster()), []).append(head)
         else:
-            own = Drop() if pattern == Full() else remainder
-            riders.setdefault(own, []).append(head)
+            riders.setdefault(remainder, []).append(head)
     for remainder, heads in riders.items():
         hosts = (
             key for key in groups if key[0] == remainder and not isinstance(key[1], OnlinePattern)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
-from dit_sparse.kernels.remainder import Complement, Drop
+from dit_sparse.kernels.remainder import Complement, Drop, Pooled
 from dit_sparse.kernels.score import Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import TopRow
@@ -210,6 +210,9 @@ def test_heads_of_different_remainders_and_scored_patterns_run_apart() -> None:
         ((2, 3), Complement()),
     ]
     assert [group.scored for group in groups] == [None, scored, None]
+    # What means a skipped head sees depends on the order.
+    groups = head_groups((Skip(), Band(2, "pixel_major"), Band(2)), (Pooled(),) * 3)
+    assert [group.heads for group in groups] == [(0, 2), (1,)]
 
 
 # State -----------------------------------------------------------------------------------------

@@ -146,6 +146,16 @@ def test_another_search_is_refused(
     assert ran == []
 
 
+def test_other_sightings_are_refused_though_runs_are_as_long(
+    search: Search, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"budget": Budget(psnr=30), "work": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        search(progress=killed_at(1), **asked)
+    with pytest.raises(ValueError, match="holds what another search has seen"):
+        search(anchors=1, **asked)
+
+
 def test_another_model_is_refused(search: Search, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         search(work=tmp_path, progress=killed_at(1))
