@@ -68,9 +68,10 @@ def search_plan(
 ) -> Plan:
     """Find a schedule, and a pattern and remainder for every head of `pipe`, within `budget`.
 
-    The pipeline generates each prompt dense and is looked at in all guidance branches. It is left
-    as it was, the random state included. The same arguments give the same plan, but for the times
-    it takes down, and what is solved from them.
+    The pipeline generates each prompt dense and is looked at in one of its guidance branches, in
+    turn with the other prompts; a single prompt in all of them. It is left as it was, the random
+    state included. The same arguments give the same plan, but for the times it takes down, and
+    what is solved from them.
 
     Args:
         pipe (`DiffusionPipeline`): of a known family, with no plan in effect.
@@ -141,7 +142,15 @@ def search_plan(
     told |= {"sightings": [seen_at.steps, seen_at.anchors, seen_at.ages]}
     record = Record(None if work is None else Path(work), told)
     seen = [
-        _see(generations, record, scoring, number, last, decode=whole or not number)
+        _see(
+            generations,
+            record,
+            scoring,
+            number,
+            last,
+            decode=whole or not number,
+            alternate=len(prompts) > 1,
+        )
         for number in range(len(prompts))
     ]
     evidence = evidence_of(base, space, seen_at, allowed, grid, seen)
@@ -216,11 +225,12 @@ def _see(
     last: int,
     *,
     decode: bool,
+    alternate: bool,
 ) -> Seen:
     """What the generation of one prompt shows, or has shown before."""
     seen = record.load(number)
     if seen is None:
-        scoring.begin()
+        scoring.begin(number if alternate else None)
         times = StepTimes()
         video = generations.dense(number, last, scoring, times, decode=decode)
         timing = times.dense(generations.steps)

@@ -35,6 +35,9 @@ from dit_sparse.search.course import Sightings
 from dit_sparse.search.lens import Lens, Sight
 from dit_sparse.search.space import Space
 
+EVERY = -1
+"""Stands for all guidance branches."""
+
 HELD_BYTES = 2**28
 """Attention weights held at a time; the masked copy takes as much again."""
 
@@ -127,7 +130,7 @@ class Scoring:
         metric: Metric,
     ) -> None:
         self.query: Tensor | None = None
-        self.branches: dict[str, None] = {}
+        self.branches: dict[str, int] = {}
         self.column_mass: dict[str, Tensor] = {}
         self._modules = modules
         self._grid = grid
@@ -146,10 +149,13 @@ class Scoring:
             group = self._found if number in found else self._followed
             group[lens] = (*group.get(lens, ()), number)
         self._sights: list[Sight] = []
-        self.begin()
+        self.begin(None)
 
-    def begin(self) -> None:
-        """A generation begins."""
+    def begin(self, number: int | None) -> None:
+        """A generation begins: the one of prompt `number`, of whose guidance branches one is
+        looked at, in turn with those of the other prompts; all of them if `None`."""
+        self._number = number
+        self._turn: int | None = None
         self.sums: dict[str, Sums] = {}
         self._renewed: dict[tuple[str, str, int], Renewed] = {}
 
@@ -164,6 +170,7 @@ class Scoring:
         key: Tensor,
         value: Tensor,
     ) -> None:
+        self.branches.setdefault(branch, len(self.branches))
         sighted = self._sightings.at(step)
         if not sighted:
             return
@@ -171,7 +178,8 @@ class Scoring:
         layer = site.name
         if self.query is None:
             self._begin_on(query)
-        self.branches.setdefault(branch)
+        if not self._looks_at(branch, step):
+            return
         call = Call(grid, query, key, value, self._rows)
         if layer not in self.column_mass:
             mass = column_mass(query, key, call.rows, self._grid, self._block, valid=call.valid)
@@ -202,6 +210,14 @@ class Scoring:
                 mean = errors.mean(0).double().cpu()
                 sums.error[:, list(sight.slots), :, anchor, age] += mean
             sums.count[anchor, age] += 1
+
+    def _looks_at(self, branch: str, step: int) -> bool:
+        """Whether the running generation is looked at in this guidance branch. How many there are
+        is known from the first step on; if that is looked at, then in all of them."""
+        if self._turn is None:
+            known = step > 0 and self._number is not None
+            self._turn = (self._number or 0) % len(self.branches) if known else EVERY
+        return self._turn in (EVERY, self.branches[branch])
 
     def described(self) -> dict[str, Any]:
         """Of the calls, as JSON values: `shape` and `dtype` of queries, `device`, and how many

@@ -264,10 +264,10 @@ def test_generations_are_kept_apart() -> None:
     watch(observer, grid)
     first = observer.sums[SITE.name]
     # Killed after the renewal at step 1.
-    observer.begin()
+    observer.begin(None)
     watch(observer, grid, steps=2)
     assert observer.sums[SITE.name].count.tolist() == [[2, 0, 0], [0, 0, 0]]
-    observer.begin()
+    observer.begin(None)
     watch(observer, grid)
     again = observer.sums[SITE.name]
     assert torch.equal(again.error, first.error)
