@@ -78,8 +78,9 @@ def test_search_writes_a_plan_that_show_draws_and_from_solves_again(
         "--block", 8, "--dense-first", 1, "--out", found, "--json",
     )  # fmt: skip
     assert code == 0, err
-    assert json.loads(out)["density"]["block"] <= 0.6
+    assert json.loads(out)["predicted"]["density"] <= 0.6
     assert Plan.from_pretrained(found).schedule.dense_first == 1
+    assert not (found / "search").exists()
 
     picture = tmp_path / "plan.png"
     code, out, _ = run("show", found, "--figure", picture)
@@ -100,7 +101,7 @@ def test_search_writes_a_plan_that_show_draws_and_from_solves_again(
         "search", "--from", found, "--budget", "density=0.3", "--out", again, "--json"
     )
     assert code == 0, err
-    assert json.loads(out)["density"]["block"] <= 0.3
+    assert json.loads(out)["predicted"]["density"] <= 0.3
 
     dense = tmp_path / "dense"
     for budget, reason in (("psnr=30", "needs the model"), ("speedup=50", "is out of reach")):
@@ -111,6 +112,34 @@ def test_search_writes_a_plan_that_show_draws_and_from_solves_again(
     code, out, err = run("search", "--from", found, "--budget", "error=0", "--out", dense)
     assert code == 0, err
     assert "full 100%" in out
+
+
+def test_search_tries_what_it_is_told_to_and_transfer_carries_it_over(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    found, carried = tmp_path / "found", tmp_path / "carried"
+    command = (
+        "search", "--model", model, "--prompts", prompts, "--budget", "flops=0.6,cache_bytes=0",
+        "--block", 8, "--out", found, "--json",
+    )  # fmt: skip
+    code, out, err = run(*command, "--candidates", "band, skip")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert set(summary["patterns"]) <= {"full", "skip", "band"}
+    assert summary["remainders"] == {"drop": 1.0}
+    assert summary["predicted"]["flops"] <= 0.6
+    code, _, err = run(*command, "--overwrite", "--candidates", "stripes")
+    assert code == 1
+    assert "expected a list of names of full, skip, band" in errors(err)[0]
+
+    code, out, err = run("transfer", found, "--grid", "3x8x8", "--out", carried, "--json")
+    assert code == 0, err
+    assert Plan.from_pretrained(carried).grid == (3, 8, 8)
+    code, _, err = run("transfer", found, "--out", carried)
+    assert code == 2
+    assert "give --grid" in err
 
 
 def test_demo_leaves_its_files(

@@ -13,6 +13,7 @@ from dit_sparse.kernels.pattern import Full
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.load import load_pipeline
 from dit_sparse.pipelines.plan import Plan
+from dit_sparse.search.evidence import Evidence
 from moving_shapes.check import check
 from moving_shapes.denoiser import PaddedOnce, build_denoiser
 from moving_shapes.denoiser import _padded_text as padded_text
@@ -148,16 +149,24 @@ def test_full_plan_reproduces_the_trained_model_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", ["d50", "d30", "d20"])
-def test_shipped_plans_fit_the_model_and_keep_their_density(pipe: Any, name: str) -> None:
+def test_shipped_plans_fit_the_model_and_compute_what_they_promise(pipe: Any, name: str) -> None:
     plan = Plan.from_pretrained(SAMPLES / "plans" / f"moving-shapes-{name}")
     plan.check(pipe)
     assert plan.grid == (15, 16, 16)
-    with enable_sparse_attention(pipe, replace(plan, schedule=type(plan.schedule)())) as hook:
+    asked = int(name[1:]) / 100
+    assert asked - 0.01 <= plan.predicted["density"] <= asked
+    evidence, steps = Evidence.of_plan(plan), 6
+    chosen = evidence.chosen(plan)
+    assert chosen is not None
+    tables = evidence.tables(plan.schedule, steps)
+    with enable_sparse_attention(pipe, plan) as hook:
         pipe(
-            **CALL | {"num_inference_steps": 1, "guidance_scale": 1.0},
+            **CALL | {"num_inference_steps": steps, "guidance_scale": 1.0},
             num_frames=29, height=64, width=64, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        density = hook.report().density
-    assert density is not None
-    assert density.block <= int(name[1:]) / 100
-    assert density.block >= int(name[1:]) / 100 - 0.02
+        report = hook.report()
+    expected = tables.flops.gather(-1, chosen[..., None]).mean().item()
+    assert report.flops == pytest.approx(expected, rel=1e-6)
+    # The search counted two guidance branches.
+    kept = tables.bytes.gather(-1, chosen[..., None]).sum().item()
+    assert report.cache_bytes == kept / 2
