@@ -226,8 +226,12 @@ class Evidence:
                 block=described["block"],
                 head_dim=tuple(described["head_dim"]),
                 copies=described["copies"],
-                **{name: plan.evidence[name] for name in ARRAYS},
-                **{name: plan.evidence.get(name) for name in OPTIONAL},
+                error=plan.evidence["error"],
+                density=plan.evidence["density"],
+                column_mass=plan.evidence["column_mass"],
+                time=plan.evidence.get("time"),
+                propagation=plan.evidence.get("propagation"),
+                importance=plan.evidence.get("importance"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the plan's search is incomplete ({error}); search again") from error

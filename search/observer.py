@@ -22,10 +22,11 @@ from dit_sparse.kernels.error import Distance, Metric, row_counts
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import raster
 from dit_sparse.kernels.pattern import Full
-from dit_sparse.kernels.ranking import score_blocks
+from dit_sparse.kernels.ranking import Ranking, score_blocks
 from dit_sparse.kernels.remainder import Cache, Cached, Pair, Pooled, cache_of
 from dit_sparse.kernels.row_attention import RowAttention, RowPair
 from dit_sparse.kernels.rows import sample_rows, valid_tokens
+from dit_sparse.kernels.score import BlockScore
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry
 from dit_sparse.kernels.selection import select_blocks
@@ -254,13 +255,19 @@ class Scoring:
         visited = {}
         for lens, numbers in self._found.items():
             cut = geometry(lens.order, call.grid, heads, self._block)
-            patterns = [self._space.patterns[number] for number in numbers]
-            scored = [pattern for pattern in patterns if isinstance(pattern, Scored)]
-            rankings = {
-                score: score_blocks(score, call.query, call.key, cut, lse=lse)
-                for score in dict.fromkeys(pattern.score for pattern in scored)
-            }
-            tables = [select_blocks(p.select, rankings[p.score], cut) == WHOLE for p in scored]
+            rankings: dict[BlockScore, Ranking] = {}
+            tables = []
+            for number in numbers:
+                pattern = self._space.patterns[number]
+                # Clusters are no candidates, see `space.search_cost`.
+                assert isinstance(pattern, Scored)
+                assert isinstance(pattern.score, BlockScore)
+                if pattern.score not in rankings:
+                    rankings[pattern.score] = score_blocks(
+                        pattern.score, call.query, call.key, cut, lse=lse
+                    )
+                tags = select_blocks(pattern.select, rankings[pattern.score], cut)
+                tables.append(tags == WHOLE)
             visited[lens] = lens.row_tables(self._rows, tables)
         return visited
 
