@@ -28,6 +28,7 @@ SHORT = {
     "scored": "D",
     "choice": "O",
 }
+REST = {"drop": "", "pooled": "p", "rescale": "r", "complement": "c"}
 MOST_DRAWN = 2500  # tokens; their pairs become pixels
 CURVE_WIDTH = 4.4  # inches
 BLOCK = 16  # tokens of a block in the picture of a pattern, whose grid is small
@@ -36,8 +37,9 @@ LEVELS = ListedColormap(["#f4f4f1", "#9fc3dd", "#1f5a8c", "#e4572e"])
 
 
 def plot_plan(summary: PlanSummary, path: Path) -> None:
-    """Draw the block density of every head, its kind of pattern written inside, as a PNG; where
-    the plan carries evidence, beside it the errors that other costs would have had.
+    """Draw the block density of every head, its kinds of pattern and remainder written inside, as
+    a PNG. Where the plan carries evidence, what a head costs over a generation is drawn instead,
+    and beside it the errors that other costs would have had.
 
     Raises:
         ValueError: the summary has no densities, because the plan has no grid.
@@ -50,8 +52,13 @@ def plot_plan(summary: PlanSummary, path: Path) -> None:
     rows = list(summary.layers.values())
     most = max(len(row) for row in rows)
     values = np.full((len(rows), most), np.nan)
+    label = "block density"
     for index, row in enumerate(rows):
         values[index, : len(row)] = [head.density for head in row]
+    if summary.choices is not None:
+        label = f"share of dense {summary.choices.cost}"
+        for index, choices in enumerate(summary.choices.layers.values()):
+            values[index, : len(choices)] = [choice.winner.cost for choice in choices]
     width, height = 2.8 + 0.42 * most, 1.8 + 0.34 * len(rows)
     if summary.choices is None:
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -66,11 +73,11 @@ def plot_plan(summary: PlanSummary, path: Path) -> None:
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
     for index, row in enumerate(rows):
         for head, cell in enumerate(row):
-            dark = cell.density is not None and cell.density < 0.6
+            dark = values[index, head] < 0.6
             axes.text(
                 head,
                 index,
-                SHORT[cell.kind],
+                SHORT[cell.kind] + REST[cell.remainder.split()[0]],
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -79,8 +86,10 @@ def plot_plan(summary: PlanSummary, path: Path) -> None:
     axes.set_xticks(range(most))
     axes.set_yticks(range(len(rows)), list(summary.layers), fontsize=7)
     axes.set_xlabel("head")
-    figure.colorbar(image, ax=axes, label="block density")
+    figure.colorbar(image, ax=axes, label=label)
     kinds = ", ".join(f"{SHORT[kind]} = {kind}" for kind in summary.patterns)
+    rest = dict.fromkeys(kind.split()[0] for kind in summary.remainders)
+    kinds += "".join(f", {REST[kind]} = with {kind}" for kind in rest if REST[kind])
     grid = "×".join(map(str, summary.grid))
     figure.suptitle(f"{kinds}\ngrid {grid}, block {summary.block}", fontsize=8)
     _save(figure, path)
