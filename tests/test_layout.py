@@ -73,7 +73,7 @@ def test_kernels_need_torch_and_einops_alone(path: Path) -> None:
             "typer",
             {
                 f"dit_sparse/{x}.py"
-                for x in ("cli", "options", "bench_command", "simulate_command")
+                for x in ("cli", "options", "bench_command", "search_command", "simulate_command")
             },
         ),
         ("imageio", {"dit_sparse/video.py"}),

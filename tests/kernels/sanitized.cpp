@@ -53,7 +53,9 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   std::vector<float> lse(batch * heads * tokens, NAN);
   std::vector<int64_t> permutation(tokens);
   for (int64_t i = 0; i < tokens; i++) permutation[i] = i;
+  std::vector<int64_t> key_permutation = permutation;
   std::shuffle(permutation.begin(), permutation.end(), random_bits);
+  std::shuffle(key_permutation.begin(), key_permutation.end(), random_bits);
   const auto query_offsets = cuts(tokens, block_q), key_offsets = cuts(tokens, block_k);
   const int64_t query_blocks = query_offsets.size() - 1, key_blocks = key_offsets.size() - 1;
   std::vector<int32_t> row_pointer{0}, key_block;
@@ -99,6 +101,7 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   call.output = whole(output);
   call.lse = lse.data();
   call.permutation = permutation.data();
+  call.key_permutation = key_permutation.data();
   call.query_offsets = query_offsets.data();
   call.key_offsets = key_offsets.data();
   call.row_pointer = row_pointer.data();
