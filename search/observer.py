@@ -141,13 +141,11 @@ class Scoring:
         self._rows = sample_rows(grid.tokens, rows)
         self._metric: Metric = metric
         level = next((r.level for r in space.remainders if isinstance(r, Pooled)), None)
-        self._pooled = level is not None
-        found = [n for n, pattern in enumerate(space.patterns) if isinstance(pattern, Scored)]
         self._found: dict[Lens, tuple[int, ...]] = {}
         self._followed: dict[Lens, tuple[int, ...]] = {}
         for number, pattern in enumerate(space.patterns):
             lens = Lens(pattern.order or raster(), grid, block, level)
-            group = self._found if number in found else self._followed
+            group = self._found if isinstance(pattern, Scored) else self._followed
             group[lens] = (*group.get(lens, ()), number)
         self._sights: list[Sight] = []
         self.begin(None)

@@ -27,7 +27,8 @@ class Seen:
 
     Args:
         sums: by layer.
-        run: JSON values: `copies`, and `timing` if it was taken.
+        run: JSON values: `Scoring.described`, `seconds_per_call` of dense attention and `timing`;
+            the last two `None` if they were not taken.
         video: float `[frames, height, width, 3]`, if it is needed later.
     """
 
