@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Pattern, Skip
+from dit_sparse.kernels.tiling import block_of
 from dit_sparse.kernels.windows import Windows
 
 _AT_ONCE = 1 << 22  # numbers held in one step
@@ -132,7 +133,7 @@ def _sides(
 
 def _boxes(place: Tensor, grid: TokenGrid, side: Cut) -> _Boxes:
     """The blocks of the video tokens, taken apart."""
-    block = torch.arange(len(side.offsets) - 1).repeat_interleave(side.offsets.diff())
+    block = block_of(side.offsets)
     video = slice(grid.text_before, grid.text_before + grid.video)
     block = block[video]
     order = _sorted([block, *place[:, side.tokens[video] - grid.text_before]])

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import WHOLE, BlockIndices
+from dit_sparse.kernels.blocks import ABSENT, WHOLE, BlockIndices
+from dit_sparse.kernels.tags import tags_of_head
+from dit_sparse.kernels.tiling import block_of
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -76,8 +78,8 @@ def visible(blocks: BlockIndices, head: int, rectangle: Rectangle) -> Tensor:
         return blocks.patterns[head].pairs(
             blocks.grid, blocks.permutation[queries], blocks.key_permutation[keys]
         )
-    listed, _ = _rows(blocks, head)
-    return listed[_block_of(blocks.query_offsets)[queries], _block_of(blocks.key_offsets)[keys]]
+    listed = tags_of_head(blocks, head) != ABSENT
+    return listed[block_of(blocks.query_offsets)[queries], block_of(blocks.key_offsets)[keys]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _rectangles(
     blocks: BlockIndices, head: int, prices: Prices, valid: Tensor
 ) -> Iterator[Rectangle]:
     starts = blocks.query_offsets.tolist()
-    key_block = _block_of(blocks.key_offsets)
+    key_block = block_of(blocks.key_offsets)
     for row in _joined_rows(blocks, head, prices):
         whole, masked = (
             _runs(chosen[key_block] & valid) for chosen in (row.whole, row.listed & ~row.whole)
@@ -116,7 +118,8 @@ def _joined_rows(blocks: BlockIndices, head: int, prices: Prices) -> list[_Row]:
         cost = (queries + prices.narrow) * keys + queries * masked * prices.masked + launches
         return _Row(first, last, listed, whole, cost)
 
-    listed, whole = _rows(blocks, head)
+    tags = tags_of_head(blocks, head)
+    listed, whole = tags != ABSENT, tags == WHOLE
     rows = [row(i, i + 1, listed[i], whole[i]) for i in range(blocks.query_blocks)]
     # Rows of equal length first, as in a binary tree, then whatever is left.
     for equal in (True, False):
@@ -138,25 +141,6 @@ def _joined_rows(blocks: BlockIndices, head: int, prices: Prices) -> list[_Row]:
                     kept.append(right)
             rows = kept
     return rows
-
-
-def _rows(blocks: BlockIndices, head: int) -> tuple[Tensor, Tensor]:
-    """Which key blocks each query block of `head` lists, and which it lists as whole: bool
-    `[query_blocks, key_blocks]`."""
-    first = head * blocks.query_blocks
-    pointer = blocks.row_pointer[first : first + blocks.query_blocks + 1].long()
-    row = torch.arange(blocks.query_blocks).repeat_interleave(pointer.diff())
-    span = slice(int(pointer[0]), int(pointer[-1]))
-    listed = torch.zeros(blocks.query_blocks, blocks.key_blocks, dtype=torch.bool)
-    whole = torch.zeros_like(listed)
-    listed[row, blocks.key_block[span].long()] = True
-    whole[row, blocks.key_block[span].long()] = blocks.tag[span] == WHOLE
-    return listed, whole
-
-
-def _block_of(offsets: Tensor) -> Tensor:
-    """The block of each position of the sequence."""
-    return torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
 
 
 def _runs(chosen: Tensor) -> Runs:

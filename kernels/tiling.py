@@ -34,6 +34,11 @@ def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
 
 
+def block_of(offsets: Tensor) -> Tensor:
+    """The block of each position of the sequence that is cut at `offsets`, int64."""
+    return ragged(offsets.diff())[0]
+
+
 def real_tokens(grid: TokenGrid, runs: Tiling) -> Tensor:
     """How many tokens of each run are not padded text, int64 `[batch or 1, runs]`.
 

@@ -14,13 +14,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import BlockIndices, block_indices
+from dit_sparse.kernels.blocks import ABSENT, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Pattern
 from dit_sparse.kernels.row_attention import RowAttention
 from dit_sparse.kernels.scored_blocks import geometry
-from dit_sparse.kernels.tiling import tiling
+from dit_sparse.kernels.tags import tags_of_head
+from dit_sparse.kernels.tiling import block_of, tiling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,10 +75,10 @@ class Lens:
     ) -> Sight:
         """What `rows`, int64 `[rows]`, see under patterns that follow from the grid."""
         keys = [pattern.rows(self.grid, rows)[None] for pattern in patterns]
-        tables = [
-            _table(block_indices((p,), self.grid, self.order, self.block, self.block))
-            for p in patterns
-        ]
+        lists = (
+            block_indices((p,), self.grid, self.order, self.block, self.block) for p in patterns
+        )
+        tables = [tags_of_head(listed, 0)[None] != ABSENT for listed in lists]
         visited = [table.to(rows.device) for table in self.row_tables(rows, tables)]
         return Sight(tuple(slots), tuple(keys), self._means(visited), self)
 
@@ -125,8 +126,7 @@ class Lens:
         """The block of every token, int64 `[tokens]`, by raster token."""
         cut = geometry(self.order, self.grid, 1, self.block)
         block = torch.empty_like(cut.permutation)
-        sizes = cut.key_offsets.diff()
-        block[cut.permutation] = torch.arange(len(sizes)).repeat_interleave(sizes)
+        block[cut.permutation] = block_of(cut.key_offsets)
         return block
 
     @cached_property
@@ -141,14 +141,6 @@ class Lens:
         token = cut.permutation[place.clamp_max(self.grid.tokens - 1)]
         token = token.where(within < runs.count[:, None], -1)
         return token, runs.block
-
-
-def _table(listed: BlockIndices) -> Tensor:
-    """Which blocks of keys a list for one head visits, bool `[1, query blocks, key blocks]`."""
-    table = torch.zeros(listed.query_blocks, listed.key_blocks, dtype=torch.bool)
-    row = torch.arange(len(table)).repeat_interleave(listed.row_pointer.diff())
-    table[row, listed.key_block.long()] = True
-    return table[None]
 
 
 def _of(mask: Tensor, heads: slice) -> Tensor:
