@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.rows import row_logits
 
 
@@ -23,6 +25,20 @@ class RowPair(NamedTuple):
 
     output: Tensor
     lse: Tensor
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """As `sparse_attention` returns it, the candidates of every head as heads of their own."""
+        output = rearrange(self.output, "b h c r d -> b r (h c) d")
+        return output, rearrange(self.lse, "b h c r -> b (h c) r")
+
+    def unfolded(self, output: Tensor) -> Tensor:
+        """An output in that form, in the shape of `self.output`."""
+        return rearrange(output, "b r (h c) d -> b h c r d", h=self.output.shape[1])
+
+    def merged(self, other: RowPair) -> RowPair:
+        """Attention over the keys of both, which are disjoint."""
+        output, lse = merge([self.folded(), other.folded()])
+        return RowPair(self.unfolded(output), lse.reshape(self.lse.shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,22 +64,24 @@ class RowAttention:
     ) -> Self:
         """The rows of a call, its arguments as for `rows.row_logits`."""
         logits = row_logits(query, key, rows, scale=scale, valid=valid)
+        return cls._of_logits(logits, value.permute(0, 2, 1, 3).float())
+
+    @classmethod
+    def over(cls, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Self:
+        """The rows over other keys than the call's: `query` the rows times the scale, float32
+        `[batch, heads, rows, d]`, `key` and `value` `[batch, heads, keys, d]`, `bias` `[batch or
+        1, 1, 1, keys]` added to their logits, `-inf` for keys that do not count. What they and
+        the call's keys give is put together by `RowPair.merged`."""
+        return cls._of_logits(query @ key.mT + bias, value)
+
+    @classmethod
+    def _of_logits(cls, logits: Tensor, values: Tensor) -> Self:
         peak = logits.amax(-1, keepdim=True)
         # A row of padding alone has no largest logit.
         peak = peak.where(peak.isfinite(), 0)
-        values = value.permute(0, 2, 1, 3).float()
-        return cls(logits.sub_(peak).exp_(), peak[..., 0], _with_ones(values))
-
-    def and_keys(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Self:
-        """The same rows over further keys: `query` the rows times the scale, float32 `[batch,
-        heads, rows, d]`, `key` and `value` `[batch, heads, keys, d]`, `bias` `[batch or 1, 1, 1,
-        keys]` added to their logits, `-inf` for keys that do not count."""
-        more = (query @ key.mT + bias - self.peak[..., None]).exp()
-        return type(self)(
-            torch.cat([self.weights, more], -1),
-            self.peak,
-            torch.cat([self.values, _with_ones(value)], 2),
-        )
+        # The weighted sum of a last channel of ones is the sum of the weights.
+        values = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        return cls(logits.sub_(peak).exp_(), peak[..., 0], values)
 
     def under(self, masks: Iterable[Tensor]) -> RowPair:
         """Output and LSE under each of `masks`, bool, broadcastable to `[heads, rows, keys]`.
@@ -86,8 +104,3 @@ class RowAttention:
     def dense(self) -> RowPair:
         """Output and LSE of dense attention, as one candidate."""
         return self.under([torch.ones((), dtype=torch.bool, device=self.weights.device)])
-
-
-def _with_ones(values: Tensor) -> Tensor:
-    """A last channel of ones, whose weighted sum is the sum of the weights."""
-    return torch.nn.functional.pad(values, (0, 1), value=1.0)

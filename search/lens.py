@@ -45,13 +45,10 @@ class Sight:
         """The keys that some of the heads see."""
         return [_of(mask, heads) for mask in self.seen]
 
-    def keys_and_means(self, heads: slice) -> list[Tensor]:
-        """The same, followed by the runs."""
+    def runs(self, heads: slice) -> list[Tensor]:
+        """The runs whose means they see."""
         assert self.means is not None
-        return [
-            torch.cat([_of(keys, heads), _of(runs, heads)], -1)
-            for keys, runs in zip(self.seen, self.means, strict=True)
-        ]
+        return [_of(mask, heads) for mask in self.means]
 
 
 @dataclass(frozen=True)
@@ -93,11 +90,10 @@ class Lens:
         keys = [table[..., self._block_of.to(table.device)] for table in tables]
         return Sight(tuple(slots), tuple(keys), self._means(tables), self)
 
-    def attention(
+    def over_means(
         self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, valid: Tensor | None
     ) -> RowAttention:
-        """The rows over all keys, followed by the runs of keys; arguments as for
-        `RowAttention.of`."""
+        """The rows over the means of all runs of keys; arguments as for `RowAttention.of`."""
         token = self._runs[0].to(rows.device)
         real = (token >= 0)[None]
         if valid is not None:
@@ -111,8 +107,7 @@ class Lens:
         )
         bias = rearrange(count.float().log(), "b r -> b 1 1 r")
         picked = query[:, rows].transpose(1, 2).float() * query.shape[-1] ** -0.5
-        attention = RowAttention.of(query, key, value, rows, valid=valid)
-        return attention.and_keys(picked, key_means, value_means, bias)
+        return RowAttention.over(picked, key_means, value_means, bias)
 
     def _means(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The runs of all blocks that rows do not visit."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dit_sparse.kernels.attention import sparse_attention
@@ -23,7 +22,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import raster
 from dit_sparse.kernels.pattern import Full
 from dit_sparse.kernels.ranking import Ranking, score_blocks
-from dit_sparse.kernels.remainder import Cache, Cached, Pair, Pooled, cache_of
+from dit_sparse.kernels.remainder import Cache, Cached, Pooled, cache_of
 from dit_sparse.kernels.row_attention import RowAttention, RowPair
 from dit_sparse.kernels.rows import sample_rows, valid_tokens
 from dit_sparse.kernels.score import BlockScore
@@ -87,7 +86,7 @@ class Call:
         self, masks: Callable[[slice], Iterable[Tensor]], lens: Lens | None = None
     ) -> RowPair:
         """The rows under each of `masks`, made for some heads at a time; over the means of `lens`
-        as well, if given."""
+        instead of the keys, if given."""
         batch, tokens, heads, _ = self.query.shape
         step = max(1, HELD_BYTES // (4 * batch * len(self.rows) * tokens))
         pairs = []
@@ -97,7 +96,7 @@ class Call:
             if lens is None:
                 attention = RowAttention.of(*own, self.rows, valid=self.valid)
             else:
-                attention = lens.attention(*own, self.rows, self.valid)
+                attention = lens.over_means(*own, self.rows, self.valid)
             pairs.append(attention.under(masks(part)))
         outputs, lses = zip(*pairs, strict=True)
         return RowPair(torch.cat(outputs, 1), torch.cat(lses, 1))
@@ -287,8 +286,8 @@ class Scoring:
         pair = call.pairs(sight.keys)
         if sight.means is None:
             return pair, None
-        output = call.pairs(sight.keys_and_means, sight.lens).output
-        return pair, distance.error(output, self._metric)
+        rest = call.pairs(sight.runs, sight.lens)
+        return pair, distance.error(pair.merged(rest).output, self._metric)
 
     def _remainders(
         self,
@@ -311,11 +310,10 @@ class Scoring:
                 errors.append(distance.error(pair.output, self._metric))
             elif age == 0:
                 whole = RowPair(dense.output.expand_as(pair.output), dense.lse.expand_as(pair.lse))
-                caches[own] = cache_of(remainder, _folded(whole), _folded(pair))
+                caches[own] = cache_of(remainder, whole.folded(), pair.folded())
                 errors.append(torch.zeros_like(nothing))
             else:
-                output = caches[own].apply(_folded(pair), age)
-                output = rearrange(output, "b r (h c) d -> b h c r d", h=pair.output.shape[1])
+                output = pair.unfolded(caches[own].apply(pair.folded(), age))
                 errors.append(distance.error(output, self._metric))
         return torch.stack(errors, -1)
 
@@ -340,9 +338,3 @@ def common_grid(known: TokenGrid | None, grid: TokenGrid) -> TokenGrid:
             "a search needs one grid"
         )
     return plain
-
-
-def _folded(pair: RowPair) -> Pair:
-    """The candidates of every head as heads of their own."""
-    output = rearrange(pair.output, "b h c r d -> b r (h c) d")
-    return output, rearrange(pair.lse, "b h c r -> b (h c) r")

@@ -139,7 +139,10 @@ def test_further_keys_count_with_their_bias(padded: bool) -> None:
     masks[0][0, 1, :TOKENS] = False
     masks[0][0, 1, TOKENS:] = True
     masks[2][1, 4] = torch.arange(TOKENS + MORE) == TOKENS + 6
-    output, lse = attention.and_keys(picked, more_key, more_value, bias).under(masks)
+    own = attention.under([mask[..., :TOKENS] for mask in masks])
+    more = RowAttention.over(picked, more_key, more_value, bias)
+    rest = more.under([mask[..., TOKENS:] for mask in masks])
+    output, lse = own.merged(rest)
 
     further = picked.double() @ more_key.double().mT + bias.double()
     logits = torch.cat([logits_of(query, key, head_dim**-0.5, valid), further], -1)
