@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from itertools import chain
 from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
@@ -39,9 +38,11 @@ def of_plan(plan: Plan, grid: Shape | None) -> dict[str, Any]:
     grid = grid or plan.grid
     if grid is None:
         raise ValueError("this plan was not searched at a grid; give one: --grid 15x16x16")
-    counts = Counter(chain.from_iterable(plan.assignment.values()))
+    counts: Counter[Pattern] = Counter()
+    for (pattern, _), heads in plan.heads.items():
+        counts[pattern] += heads
     rows, slowest, mean = [], 0.0, 0.0
-    densities: list[tuple[Density, int]] = []
+    densities: list[tuple[Density, float]] = []
     for pattern, heads in counts.most_common():
         blocks = block_indices(
             (pattern,), TokenGrid(*grid), block_q=plan.block, block_k=plan.block

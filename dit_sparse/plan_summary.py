@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
@@ -32,7 +31,9 @@ class PlanSummary:
 
     Args:
         model: transformer class by component.
-        layers: the heads of each layer, by component and path.
+        layers: the heads of each layer, by component and path, and where the schedule has phases,
+            the share of the steps from which on they do this: `"transformer.blocks.0.attn1 from
+            35%"`.
         patterns: share of the heads by kind.
         density: of the sparse steps' self-attention, {element, block, weighted}; None while no
             grid is known, and where scored patterns find theirs only while denoising.
@@ -87,23 +88,28 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
         ValueError: a pattern of the plan refuses the grid.
     """
     grid = grid or plan.grid
-    heads = list(chain.from_iterable(plan.assignment.values()))
     density = {} if grid is None else _densities(plan, TokenGrid(*grid))
-    kinds = Counter(pattern.kind for pattern in heads)
-    rest = Counter(str(r) for layer in plan.assignment for r in plan.remainders_of(layer))
+    total = sum(plan.heads.values())
+    shares = {both: heads / total for both, heads in plan.heads.items()}
+    kinds: Counter[str] = Counter()
+    rest: Counter[str] = Counter()
+    for (pattern, remainder), share in shares.items():
+        kinds[pattern.kind] += share
+        rest[str(remainder)] += share
     return PlanSummary(
         digest=plan.digest,
         model={name: fingerprint.transformer for name, fingerprint in plan.model.items()},
         layers={
-            layer: tuple(
+            layer + when: tuple(
                 HeadSummary(pattern.kind, str(pattern), str(rest), _block(density.get(pattern)))
-                for pattern, rest in zip(patterns, plan.remainders_of(layer), strict=True)
+                for pattern, rest in zip(patterns, phase.remainders_of(layer), strict=True)
             )
-            for layer, patterns in plan.assignment.items()
+            for phase, when in zip(plan.phases, plan.schedule.phase_names, strict=True)
+            for layer, patterns in phase.assignment.items()
         },
-        patterns={kind: count / len(heads) for kind, count in kinds.most_common()},
-        remainders={kind: count / len(heads) for kind, count in rest.most_common()},
-        density=_mean([density.get(pattern) for pattern in heads]),
+        patterns=dict(kinds.most_common()),
+        remainders=dict(rest.most_common()),
+        density=_mean([(density.get(pattern), share) for (pattern, _), share in shares.items()]),
         cache_bytes=None if grid is None else plan.cache_bytes(TokenGrid(*grid)),
         grid=grid,
         block=plan.block,
@@ -115,11 +121,7 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
 
 
 def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
-    distinct = {
-        pattern
-        for pattern in chain.from_iterable(plan.assignment.values())
-        if not isinstance(pattern, OnlinePattern)
-    }
+    distinct = {pattern for pattern, _ in plan.heads if not isinstance(pattern, OnlinePattern)}
     for pattern in distinct:
         reason = pattern.refusal(grid)
         if reason is not None:
@@ -134,12 +136,12 @@ def _block(density: Density | None) -> float | None:
     return None if density is None else density.block
 
 
-def _mean(densities: list[Density | None]) -> dict[str, float] | None:
-    """The mean over heads, if it is known of all."""
-    known = [density for density in densities if density is not None]
+def _mean(densities: list[tuple[Density | None, float]]) -> dict[str, float] | None:
+    """The mean over heads by their shares, if it is known of all."""
+    known = [(density, share) for density, share in densities if density is not None]
     if len(known) < len(densities):
         return None
     return {
-        name: sum(getattr(density, name) for density in known) / len(known)
+        name: sum(getattr(density, name) * share for density, share in known)
         for name in ("element", "block", "weighted")
     }

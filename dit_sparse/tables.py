@@ -155,7 +155,7 @@ def bounds_table(found: dict[str, Any]) -> Group:
         density = ", ".join(f"{name} {value:.3f}" for name, value in found["density"].items())
         grid = "x".join(map(str, found["grid"]))
         lines += [
-            f"{found['heads']} heads: bound {_bound(found['bound'])}, mean bound "
+            f"{found['heads']:g} heads: bound {_bound(found['bound'])}, mean bound "
             f"{_bound(found['mean_bound'])}, density {density} "
             f"(grid {grid}, block {found['block']})"
         ]

@@ -44,37 +44,42 @@ class SparseAttentionHook:
     def __init__(self, pipe: Any, plan: Plan, backend: str) -> None:
         self.plan = plan
         self.backend = backend
-        self._groups = {
-            layer: head_groups(heads, plan.remainders_of(layer))
-            for layer, heads in plan.assignment.items()
-        }
+        self._phases = tuple(
+            {
+                layer: head_groups(heads, phase.remainders_of(layer))
+                for layer, heads in phase.assignment.items()
+            }
+            for phase in plan.phases
+        )
         renewing = (
-            layer for layer, groups in self._groups.items() if any(g.renewed for g in groups)
+            layer
+            for layer in plan.assignment
+            if any(group.renewed for phase in self._phases for group in phase[layer])
         )
         self._numbers = {layer: number for number, layer in enumerate(renewing)}
-        distinct = {group for groups in self._groups.values() for group in groups}
+        distinct = {g for phase in self._phases for groups in phase.values() for g in groups}
         self._attention = GroupAttention(
             distinct, plan.schedule, plan.block, backend, plan.cache_limit
         )
         self.clock = Clock(pipe)
-        self._generation = 0
+        self._generation = self._phase = 0
         self._record, self._stopwatch = Record(), Stopwatch()
         self._bindings: tuple[Binding, ...] = bind(pipe, self)
 
     def attend(self, site: Site, call: SeamCall) -> Tensor:
         """Answer one self-attention call, `[batch, tokens, heads, head_dim]`."""
         batch, tokens, heads, _ = call.query.shape
-        groups = self._groups[site.name]
         planned = len(self.plan.assignment[site.name])
         if heads != planned:
             raise site.refusal(f"it came with {heads} heads, the plan has {planned}")
         grid = site.binding.family.token_grid(call.shape, tokens)
         moment = self.clock.now((batch, *grid.shape))
         if moment.generation != self._generation:
-            self._generation = moment.generation
+            self._generation, self._phase = moment.generation, 0
             self._record, self._stopwatch = Record(), Stopwatch()
             self._attention.begin()
-        dense = self._dense_reason(site, moment)
+        groups = self._groups_at(site, moment)
+        dense = self._dense_reason(site, groups, moment)
         with self._stopwatch.stretch("calls", call.query.device):
             if dense is None:
                 output, computed = self._sparse(site, groups, grid, call, moment)
@@ -109,19 +114,37 @@ class SparseAttentionHook:
     ) -> None:
         self.disable()
 
-    def _dense_reason(self, site: Site, moment: Moment) -> str | None:
-        if not self._groups[site.name]:
-            return "all heads are full"
+    def _groups_at(self, site: Site, moment: Moment) -> tuple[HeadGroup, ...]:
+        """The groups of the running phase; what was kept in the one before is forgotten."""
         schedule = self.plan.schedule
-        if schedule.always_sparse and not any(g.renewed for g in self._groups[site.name]):
-            return None
-        if moment.step is None or moment.steps is None:
+        needs_step = not schedule.always_sparse or site.name in self._numbers
+        if not any(phase[site.name] for phase in self._phases):
+            return ()
+        if needs_step and (moment.step is None or moment.steps is None):
             raise site.refusal(
                 "what it does depends on the denoising step, which neither the pipeline nor the "
-                "scheduler tells; use a plan without dense steps, scored patterns and caches"
+                "scheduler tells; use a plan without dense steps, phases, scored patterns and "
+                "caches"
             )
+        phase = 0
+        if schedule.phases:
+            assert moment.step is not None
+            assert moment.steps is not None
+            phase = schedule.phase(moment.step, moment.steps)
+        if phase != self._phase:
+            self._phase = phase
+            self._attention.memory.forget()
+        return self._phases[phase][site.name]
+
+    def _dense_reason(
+        self, site: Site, groups: tuple[HeadGroup, ...], moment: Moment
+    ) -> str | None:
+        if not groups:
+            return "all heads are full"
+        if moment.step is None or moment.steps is None:
+            return None
         try:
-            dense = schedule.dense(moment.step, moment.steps, moment.sigma)
+            dense = self.plan.schedule.dense(moment.step, moment.steps, moment.sigma)
         except ValueError as error:
             raise site.refusal(str(error)) from error
         return "dense steps of the schedule" if dense else None

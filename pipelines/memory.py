@@ -69,6 +69,11 @@ class Memory:
             + sum(kept.bytes for kept in centroids)
         )
 
+    def forget(self) -> None:
+        """Forget everything but the peak and what did not fit."""
+        self.found.clear()
+        self.kept.clear()
+
     def find(self, key: Hashable, found: Found) -> None:
         """Remember a list of blocks."""
         self.found[key] = found

@@ -6,6 +6,8 @@ the tables of the search, if there was one. A digest over both tells a plan from
 
 import json
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -14,28 +16,19 @@ from typing import Any, Self, TypeVar
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from dit_sparse.kernels.clustered_blocks import centroid_bytes
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import (
-    Full,
-    OnlinePattern,
-    Pattern,
-    pattern_from_dict,
-    pattern_to_dict,
-)
-from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
-from dit_sparse.kernels.score import Clustered, Oracle
-from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
-from dit_sparse.pipelines.plan_file import ModelEntry, PlanFile, ScheduleEntry
+from dit_sparse.pipelines.phase import Phase
+from dit_sparse.pipelines.plan_file import ModelEntry, PhaseEntry, PlanFile, ScheduleEntry
 from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 
 Value = TypeVar("Value")
-LSE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +45,8 @@ class Plan:
         schedule (`Schedule`): the steps that run dense, and those that renew what was found.
         remainders (`dict[str, tuple[Remainder, ...]]`): what becomes of the pairs that a head does
             not compute, one for each head of the layers named; the others drop them.
+        later (`tuple[Phase, ...]`): pattern and remainder of every head in the further phases of
+            the schedule; what is above holds for the first.
         cache_limit (`int`, *optional*): bytes that the caches of remainders may hold together;
             beyond it the heads that lose least go without.
         grid (`tuple[int, int, int]`, *optional*): the (frames, height, width) in tokens of the
@@ -77,6 +72,7 @@ class Plan:
     assignment: dict[str, tuple[Pattern, ...]]
     schedule: Schedule = Schedule()
     remainders: dict[str, tuple[Remainder, ...]] = field(default_factory=dict)
+    later: tuple[Phase, ...] = ()
     cache_limit: int | None = None
     grid: Shape | None = None
     block: int = 64
@@ -89,34 +85,17 @@ class Plan:
             raise ValueError(f"block: expected a number of tokens >= 1, came {self.block!r}")
         if self.cache_limit is not None and not self.cache_limit >= 0:
             raise ValueError(f"cache_limit: expected bytes >= 0, came {self.cache_limit!r}")
-        layers = dict.fromkeys(self.model, 0)
-        for path, patterns in self.assignment.items():
-            component = path.partition(".")[0]
-            if component not in self.model:
-                raise ValueError(
-                    f"layer {path}: expected a path that starts with a component of the model "
-                    f"({', '.join(self.model)}), came {component!r}"
-                )
-            layers[component] += 1
-            heads = self.model[component].heads
-            if len(patterns) != heads:
-                raise ValueError(
-                    f"layer {path}: expected one pattern for each of {heads} heads, "
-                    f"came {len(patterns)}"
-                )
-        for path, remainders in self.remainders.items():
-            heads = len(self.assignment.get(path, ()))
-            if len(remainders) != heads:
-                raise ValueError(
-                    f"layer {path}: expected one remainder for each of {heads} heads of the "
-                    f"assignment, came {len(remainders)}"
-                )
-        for component, count in layers.items():
-            if count != self.model[component].layers:
-                raise ValueError(
-                    f"{component}: expected {self.model[component].layers} layers, came {count}; "
-                    "name every layer, with Full() for the heads that stay dense"
-                )
+        for phase in self.phases:
+            phase.check(self.model)
+        if len(self.later) != len(self.schedule.phases):
+            raise ValueError(
+                f"later: expected what heads do in each of {len(self.schedule.phases)} further "
+                f"phases of the schedule, came {len(self.later)}"
+            )
+        for phase in self.later:
+            if set(phase.assignment) != set(self.assignment):
+                differing = min(set(phase.assignment) ^ set(self.assignment))
+                raise ValueError(f"later: layer {differing} is not in every phase; name it in all")
         for name in ("provenance", "timing"):
             try:
                 plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
@@ -136,7 +115,7 @@ class Plan:
         grid: Shape | None = None,
         block: int = 64,
     ) -> Self:
-        """The plan that treats every head of every layer of `pipe` alike."""
+        """The plan that treats every head of every layer of `pipe` alike, in every phase."""
         model = fingerprints(pipe)
         assignment = {
             path: (pattern,) * model[path.partition(".")[0]].heads for path in layer_paths(pipe)
@@ -149,6 +128,7 @@ class Plan:
             assignment=assignment,
             schedule=schedule,
             remainders=remainders,
+            later=(Phase(assignment, remainders),) * len(schedule.phases),
             cache_limit=cache_limit,
             grid=grid,
             block=block,
@@ -197,35 +177,38 @@ class Plan:
         return replace(sparse, assignment=sparse.assignment | full, provenance=provenance)
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What heads do in each phase of the schedule, from the first step on."""
+        return Phase(self.assignment, self.remainders), *self.later
+
+    @property
+    def heads(self) -> dict[tuple[Pattern, Remainder], float]:
+        """How many heads run each pattern with each remainder, the most first; one that does so in
+        some phases counts as their share of the steps."""
+        counts: Counter[tuple[Pattern, Remainder]] = Counter()
+        for phase, share in zip(self.phases, self.schedule.shares, strict=True):
+            for _, pattern, remainder in phase.heads:
+                counts[pattern, remainder] += share
+        return dict(counts.most_common())
+
+    @property
     def renews(self) -> bool:
         """Whether a layer keeps anything from one step for the next: blocks that it found, caches
         of remainders."""
-        patterns = chain.from_iterable(self.assignment.values())
-        remainders = chain.from_iterable(self.remainders.values())
-        return any(isinstance(p, OnlinePattern) for p in patterns) or any(
-            r.cached for r in remainders
-        )
-
-    def remainders_of(self, layer: str) -> tuple[Remainder, ...]:
-        """The remainder of every head of a layer."""
-        return self.remainders.get(layer, (Drop(),) * len(self.assignment[layer]))
+        return any(phase.renews for phase in self.phases)
 
     def cache_bytes(self, grid: TokenGrid, batch: int = 1) -> int:
         """Memory that one guidance branch keeps between the steps of a generation on `grid`: the
         caches of remainders, at most their limit, and the LSEs and centroids for further
-        searches."""
-        caches = searches = 0
-        for layer, patterns in self.assignment.items():
-            head_dim = self.model[layer.partition(".")[0]].head_dim
-            for pattern, remainder in zip(patterns, self.remainders_of(layer), strict=True):
-                caches += cache_bytes(remainder, batch, grid.tokens, 1, head_dim)
-                if not isinstance(pattern, Scored) or not self.schedule.renews_again:
-                    continue
-                if pattern.score.needs_lse and not isinstance(pattern.score, Oracle):
-                    searches += batch * grid.tokens * LSE_BYTES
-                if isinstance(pattern.score, Clustered):
-                    searches += centroid_bytes(pattern.score, grid, batch, head_dim)
-        return searches + (caches if self.cache_limit is None else min(caches, self.cache_limit))
+        searches; of the phase that keeps most."""
+        most = 0
+        for phase in self.phases:
+            again = self.schedule.renews_again
+            caches, searches = phase.kept_bytes(self.model, grid, batch, again)
+            if self.cache_limit is not None:
+                caches = min(caches, self.cache_limit)
+            most = max(most, caches + searches)
+        return most
 
     def check(self, pipe: Any) -> None:
         """Raise `ValueError` unless the plan was made for the transformers of `pipe`."""
@@ -284,15 +267,15 @@ class Plan:
                     component: ModelFingerprint(**entry.model_dump())
                     for component, entry in file.model.items()
                 },
-                assignment={
-                    path: tuple(patterns[index] for index in indices)
-                    for path, indices in file.assignment.items()
-                },
+                assignment=_values(file.assignment, patterns),
                 schedule=Schedule(**file.schedule.model_dump()),
-                remainders={
-                    path: tuple(remainders[index] for index in indices)
-                    for path, indices in file.treatment.items()
-                },
+                remainders=_values(file.treatment, remainders),
+                later=tuple(
+                    Phase(
+                        _values(entry.assignment, patterns), _values(entry.treatment, remainders)
+                    )
+                    for entry in file.later
+                ),
                 cache_limit=file.cache_limit,
                 grid=file.grid,
                 block=file.block,
@@ -317,8 +300,8 @@ class Plan:
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
 
     def _file(self) -> PlanFile:
-        patterns = _table(self.assignment)
-        remainders = _table(self.remainders)
+        patterns = _table(phase.assignment for phase in self.phases)
+        remainders = _table(phase.remainders for phase in self.phases)
         return PlanFile(
             model={
                 component: ModelEntry(**asdict(fingerprint))
@@ -331,6 +314,13 @@ class Plan:
             assignment=_indices(self.assignment, patterns),
             remainders=[to_dict(remainder) for remainder in remainders],
             treatment=_indices(self.remainders, remainders),
+            later=[
+                PhaseEntry(
+                    assignment=_indices(phase.assignment, patterns),
+                    treatment=_indices(phase.remainders, remainders),
+                )
+                for phase in self.later
+            ],
             cache_limit=self.cache_limit,
             provenance=self.provenance,
             evidence=sorted(self.evidence),
@@ -338,9 +328,10 @@ class Plan:
         )
 
 
-def _table(layers: dict[str, tuple[Value, ...]]) -> dict[Value, int]:
+def _table(phases: Iterable[dict[str, tuple[Value, ...]]]) -> dict[Value, int]:
     """Every value of the layers once, with its place among them."""
-    distinct = dict.fromkeys(chain.from_iterable(layers.values()))
+    layers = chain.from_iterable(phase.values() for phase in phases)
+    distinct = dict.fromkeys(chain.from_iterable(layers))
     return {value: index for index, value in enumerate(distinct)}
 
 
@@ -348,6 +339,10 @@ def _indices(
     layers: dict[str, tuple[Value, ...]], table: dict[Value, int]
 ) -> dict[str, list[int]]:
     return {path: [table[value] for value in values] for path, values in layers.items()}
+
+
+def _values(layers: dict[str, list[int]], table: Sequence[Value]) -> dict[str, tuple[Value, ...]]:
+    return {path: tuple(table[index] for index in indices) for path, indices in layers.items()}
 
 
 def layer_paths(pipe: Any) -> dict[str, Any]:

@@ -3,13 +3,14 @@
     format, version   "dit_sparse.plan", 1
     model             {component: {transformer, layers, heads, head_dim, config}}
     schedule          {dense_first, dense_last, sigma_above, renew_every, renew_at, recall,
-                       share_branches, stagger where it is true}
+                       share_branches, stagger where it is true, phases where there are any}
     grid              [frames, height, width] of the search, or null
     block             tokens of a query block and of a key block
     patterns          [{kind, ...}, ...]      every pattern of the plan once
     assignment        {layer: [index into patterns for each head]}
     remainders        [{kind, ...}, ...]      every remainder of the plan once
     treatment         {layer: [index into remainders for each head]}; others drop what they skip
+    later             [{assignment, treatment}, ...]   of the further phases, where there are any
     cache_limit       bytes that caches may hold together, or null
     provenance        how the plan came about
     evidence          names of the arrays in evidence.safetensors
@@ -44,6 +45,8 @@ from torch import Tensor
 FORMAT = "dit_sparse.plan"
 VERSION = 1
 PLAN, EVIDENCE = "plan.json", "evidence.safetensors"
+SPREAD = ("model", "assignment", "treatment", "patterns", "remainders", "later")
+"""Tables of a plan whose entries stand on lines of their own."""
 
 
 class _Strict(BaseModel):
@@ -71,11 +74,18 @@ class ScheduleEntry(_Strict):
     recall: float | None
     share_branches: bool
     stagger: bool = False
+    phases: tuple[PositiveFloat, ...] = ()
 
     @model_serializer(mode="wrap")
     def _lasting(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Plans from before there was a stagger keep their digest.
-        return {name: value for name, value in dump(self).items() if name != "stagger" or value}
+        return _without_new(dump(self), "stagger", "phases")
+
+
+class PhaseEntry(_Strict):
+    """What heads do in a further phase of the schedule."""
+
+    assignment: dict[str, list[NonNegativeInt]]
+    treatment: dict[str, list[NonNegativeInt]]
 
 
 class PlanFile(_Strict):
@@ -91,10 +101,21 @@ class PlanFile(_Strict):
     assignment: dict[str, list[NonNegativeInt]]
     remainders: list[dict[str, Any]]
     treatment: dict[str, list[NonNegativeInt]]
+    later: list[PhaseEntry] = []
     cache_limit: NonNegativeInt | None
     provenance: dict[str, Any]
     evidence: list[str]
     timing: dict[str, Any]
+
+    @model_serializer(mode="wrap")
+    def _lasting(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_new(dump(self), "later")
+
+
+def _without_new(document: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Without fields that say nothing, so that plans from before there were these keep their
+    digests."""
+    return {name: value for name, value in document.items() if name not in names or value}
 
 
 def digest(document: dict[str, Any], evidence: dict[str, Tensor]) -> str:
@@ -195,14 +216,24 @@ def _read_evidence(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 def _readable(document: dict[str, Any]) -> str:
     """JSON with one line per pattern and per layer, so that two plans can be compared."""
-    lines = []
-    for key, value in document.items():
-        if key in ("model", "assignment", "treatment") and value:
-            entries = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
-            lines.append(f"  {json.dumps(key)}: {{\n" + ",\n".join(entries) + "\n  }")
-        elif key in ("patterns", "remainders") and value:
-            entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
-            lines.append(f"  {json.dumps(key)}: [\n{entries}\n  ]")
-        else:
-            lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    return _spread(document, "", depth=1) + "\n"
+
+
+def _spread(value: Any, indent: str, depth: int) -> str:
+    """JSON of a value, the entries of the outer `depth` containers on lines of their own; those
+    of phases and of tables too."""
+    if not depth or not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value)
+    inner = indent + "  "
+    if isinstance(value, list):
+        lines = [inner + _spread(entry, inner, _depth(entry)) for entry in value]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    lines = [
+        f"{inner}{json.dumps(key)}: {_spread(entry, inner, key in SPREAD)}"
+        for key, entry in value.items()
+    ]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _depth(entry: Any) -> int:
+    return int(isinstance(entry, dict) and "assignment" in entry)

@@ -15,8 +15,17 @@ layers take turns from then on, so that the dense passes do not all fall into on
     layers 0, 3, 6    renew                   renew                   renew
     layers 1, 4, 7    renew   renew                   renew
     layers 2, 5, 8    renew           renew                   renew
+
+What the heads do may change in the course of a generation, which settles early what it draws.
+At the beginning of a phase nothing of the one before is known any more, so layers renew there:
+
+    Schedule(dense_first=1, phases=(0.35,))
+
+    step              0       1       2 ... 6       7       8 ... 19
+                      dense   first phase           second phase
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 
@@ -41,6 +50,8 @@ class Schedule:
             few rows at every step.
         share_branches (`bool`, defaults to False): one guidance branch uses the blocks that the
             other found at the same step. Caches stay apart.
+        phases (`tuple[float, ...]`): shares of the steps, ascending, at which the next phase of
+            the plan begins; it has one more than there are shares.
         stagger (`bool`, defaults to False): layer l of those that renew does so `l mod
             renew_every` steps after layer 0. The turns stay where they are when something else,
             `renew_at` or `recall`, renews a layer in between.
@@ -54,6 +65,7 @@ class Schedule:
     recall: float | None = None
     share_branches: bool = False
     stagger: bool = False
+    phases: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dense_first", "dense_last", "renew_every"):
@@ -69,11 +81,18 @@ class Schedule:
                 "stagger: expected renew_every > 0, came 0, so no layer has a turn; set "
                 "renew_every, or leave stagger out"
             )
+        bounds = (0.0, *self.phases, 1.0)
+        if not all(begin < end for begin, end in itertools.pairwise(bounds)):
+            raise ValueError(
+                f"phases: expected ascending shares of the steps between 0 and 1, came "
+                f"{self.phases!r}"
+            )
 
     @property
     def always_sparse(self) -> bool:
-        """Whether no step runs dense, so that no step need be known."""
-        return self.dense_first == self.dense_last == 0 and self.sigma_above is None
+        """Whether every step is sparse and of one phase, so that no step need be known."""
+        alike = self.sigma_above is None and not self.phases
+        return self.dense_first == self.dense_last == 0 and alike
 
     @property
     def renews_again(self) -> bool:
@@ -89,6 +108,28 @@ class Schedule:
             )
         loud = self.sigma_above is not None and sigma is not None and sigma > self.sigma_above
         return loud or step < self.dense_first or step >= steps - self.dense_last
+
+    def spans(self, steps: int) -> tuple[range, ...]:
+        """The steps of every phase in a generation of `steps`; a phase may be left without any."""
+        places = [round(share * steps) for share in (0.0, *self.phases, 1.0)]
+        return tuple(range(begin, end) for begin, end in itertools.pairwise(places))
+
+    def phase(self, step: int, steps: int) -> int:
+        """Which phase denoising step `step` of `steps` belongs to, from 0."""
+        return sum(step >= span.start for span in self.spans(steps)[1:])
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the steps that belongs to each phase."""
+        bounds = (0.0, *self.phases, 1.0)
+        return tuple(end - begin for begin, end in itertools.pairwise(bounds))
+
+    @property
+    def phase_names(self) -> tuple[str, ...]:
+        """What to write behind a layer's name to tell its phases apart; nothing for one alone."""
+        if not self.phases:
+            return ("",)
+        return tuple(f" from {share:.0%}" for share in (0.0, *self.phases))
 
     def renews(self, step: int, last: int | None, layer: int = 0) -> bool:
         """Whether layer number `layer` that renewed at step `last` (`None`: not yet) renews at
@@ -128,6 +169,9 @@ class Schedule:
             parts.append(f"renewed below {self.recall:g} of the recall")
         if self.share_branches:
             parts.append("blocks shared by guidance branches")
+        if self.phases:
+            shares = ", ".join(f"{share:.0%}" for share in self.phases)
+            parts.append(f"other patterns from {shares} of the steps on")
         return "; ".join(parts)
 
 

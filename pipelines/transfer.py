@@ -3,7 +3,7 @@
 What a head looks at spans more tokens where the resolution is higher, and as many frames where
 the video is longer. So windows keep their share of height and width and their number of frames,
 bands the frames, or the share of a frame, that they reach; blocks found while denoising keep
-their share of all. Dense and renewing steps keep their share of the generation.
+their share of all. Dense and renewing steps, and phases, keep their share of the generation.
 """
 
 from __future__ import annotations
@@ -51,11 +51,15 @@ def _on_grid(plan: Plan, shape: Shape) -> Plan:
             "over; it runs at any grid as it is"
         )
     source, grid = TokenGrid(*plan.grid), TokenGrid(*shape)
-    assignment = {
-        layer: tuple(_carried(pattern, source, grid) for pattern in patterns)
-        for layer, patterns in plan.assignment.items()
-    }
-    return replace(plan, grid=shape, assignment=assignment)
+
+    def carried(assignment: dict[str, tuple[Pattern, ...]]) -> dict[str, tuple[Pattern, ...]]:
+        return {
+            layer: tuple(_carried(pattern, source, grid) for pattern in patterns)
+            for layer, patterns in assignment.items()
+        }
+
+    later = tuple(replace(phase, assignment=carried(phase.assignment)) for phase in plan.later)
+    return replace(plan, grid=shape, assignment=carried(plan.assignment), later=later)
 
 
 def _carried(pattern: Pattern, source: TokenGrid, grid: TokenGrid) -> Pattern:

@@ -42,6 +42,7 @@ from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import solution_of
 from dit_sparse.search.space import KINDS
 from dit_sparse.search.timing import Timing
 from dit_sparse.session import Session, open_session
@@ -159,18 +160,23 @@ def measure() -> None:
 
 
 def uniform_plan(searched: Plan) -> Plan:
-    """The one pattern for all heads, its other pairs dropped, of least error within the FLOPs of
-    a searched plan, under the same schedule."""
+    """The one pattern for all heads and steps, its other pairs dropped, of least error within the
+    FLOPs of a searched plan, under the schedule that suits it best."""
     evidence = Evidence.of_plan(searched)
     space = evidence.space
     shared = range(0, len(space.patterns) * len(space.remainders), len(space.remainders))
-    flops = searched.predicted["flops"]
-    number = best_uniform(evidence.tables(searched.schedule), flops, shared)
-    patterns, _ = evidence.assignment(number)
-    name = str(next(iter(patterns.values()))[0])
-    return replace(
-        searched, assignment=patterns, remainders={}, evidence={}, provenance={"uniform": name}
-    )
+    found: list[tuple[float, Plan]] = []
+    for schedule in evidence.schedules:
+        tables = evidence.tables(schedule)
+        flops = searched.predicted["flops"]
+        if schedule.phases or tables.flops[:, 0, shared].mean(0).min() > flops:
+            continue
+        number = best_uniform(tables, flops, shared)
+        error = solution_of(evidence, number, schedule).predicted["error"]
+        found.append((error, evidence.planned(searched, number, schedule)))
+    plan = min(found, key=lambda each: each[0])[1]
+    name = str(next(iter(plan.assignment.values()))[0])
+    return replace(plan, evidence={}, provenance={"uniform": name})
 
 
 def flops() -> None:

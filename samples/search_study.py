@@ -22,7 +22,7 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
 from dit_sparse.search.baselines import random_assignment
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.course import Keeping, course
+from dit_sparse.search.course import Keeping, courses
 from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of, solve
@@ -50,10 +50,8 @@ def rivals(pipe: Any, searched: Plan, settings: Settings) -> dict[str, Plan]:
         plans[f"searched@{share:g}"] = own
         evidence = Evidence.of_plan(own)
         drawn = random_assignment(evidence.tables(own.schedule), share, seed=0)
-        patterns, remainders = evidence.assignment(drawn)
-        plans[f"random candidates@{share:g}"] = replace(
-            own, assignment=patterns, remainders=remainders, evidence={}
-        )
+        by_lot = evidence.planned(own, drawn, own.schedule)
+        plans[f"random candidates@{share:g}"] = replace(by_lot, evidence={})
         for name in PRESETS | COMBINATIONS:
             plan = None if name in LEFT_OUT else preset_at(name, share, pipe, own, settings)
             if plan is not None:
@@ -69,7 +67,7 @@ def preset_at(name: str, share: float, pipe: Any, like: Plan, settings: Settings
     pattern, remainder = preset.pattern, preset.remainder
     first = max(1, round(share * steps / 2))
     schedule = replace(preset.schedule, dense_first=first, dense_last=0)
-    path = course(Keeping.of(pattern, remainder), schedule, steps)
+    (path,) = courses(Keeping.of(pattern, remainder), schedule, steps)
     search = 0.0 if isinstance(pattern, Choice) else search_cost(pattern, preset.block)
     density = (share * steps - path.dense - path.searches * search) / max(1, path.sparse)
     least = 0.5**remainder.level if isinstance(remainder, Pooled) else 0.0
@@ -98,12 +96,8 @@ def random_plans(searched: Plan, seed: int = 0) -> dict[str, Plan]:
         drawn = random_assignment(tables, share, rng.randrange(2**31))
         lot = torch.tensor([[rng.random() < lots for _ in row] for row in chosen])
         mixed = torch.where(lot, drawn, chosen)
-        patterns, remainders = evidence.assignment(mixed)
         plans[f"plan {len(plans)}"] = replace(
-            searched,
-            assignment=patterns,
-            remainders=remainders,
-            schedule=schedule,
+            evidence.planned(searched, mixed, schedule),
             provenance={"predicted": solution_of(evidence, mixed, schedule).predicted},
             evidence={},
         )

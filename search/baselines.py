@@ -16,7 +16,7 @@ def random_assignment(tables: Tables, flops: float, seed: int) -> Tensor:
     are as close below `flops` as one pass over all exchanges brings them.
 
     Returns:
-        int64 `[layers, heads]`; the same for the same seed. The global random state is left alone.
+        int64 `[rows, heads]`; the same for the same seed. The global random state is left alone.
 
     Raises:
         ValueError: if every assignment takes more.
@@ -48,12 +48,12 @@ def best_uniform(tables: Tables, flops: float, numbers: Sequence[int]) -> Tensor
         numbers: the candidates to choose from, which every head must have.
 
     Returns:
-        int64 `[layers, heads]`, all equal.
+        int64 `[rows, heads]`, all equal.
 
     Raises:
         ValueError: if every candidate takes more.
     """
-    cost = tables.flops[0, 0, numbers]
+    cost = tables.flops[:, 0, numbers].mean(0)
     _check(cost.min().item(), flops)
     total = tables.error[..., numbers].sum((0, 1))
     total[cost > flops * (1 + SLACK)] = torch.inf

@@ -11,14 +11,15 @@ from torch import Tensor
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
 from dit_sparse.search.course import foreseeable
-from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.evidence import Evidence, Tables
 from dit_sparse.search.solution import solution_of
 from dit_sparse.search.timing import timing_note
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A candidate of one head: pattern and remainder in words, its error and its cost."""
+    """A candidate of one head: pattern and remainder in words, its error and its cost in the steps
+    of its phase."""
 
     pattern: str
     error: float
@@ -45,7 +46,7 @@ class Choices:
     Args:
         cost: what costs are: `"flops"` or `"time"` of a generation, relative to dense attention.
         price: error that one unit of a head's cost is worth at the plan's mean cost.
-        layers: the heads of each layer.
+        layers: the heads of each layer, in each phase of the schedule.
         curve: (mean cost, error) of the best assignments, the cheapest first; errors as in
             `Solution.predicted`.
         point: (mean cost, error) of the plan.
@@ -82,14 +83,15 @@ def choices(plan: Plan) -> Choices | None:
     costs = tables.time if timed else tables.flops
     mean = costs.gather(-1, chosen[..., None]).mean().item()
     price = price_at(tables.error, costs, mean)
+    names = [name + when for when in plan.schedule.phase_names for name in evidence.layers]
     rows = {
         name: tuple(
-            _choice(evidence, tables.error, costs, price, layer, head, candidate)
-            for head, candidate in enumerate(chosen[layer].tolist())
+            _choice(evidence, tables, costs, price, row, head, candidate)
+            for head, candidate in enumerate(chosen[row].tolist())
         )
-        for layer, name in enumerate(evidence.layers)
+        for row, name in enumerate(names)
     }
-    count = len(evidence.layers)
+    count = len(names)
     curve = tuple((cost, error / count) for cost, error in hull(tables.error, costs))
     error = solution_of(evidence, chosen, plan.schedule).predicted["error"]
     kind = "time" if timed and evidence.time is not None else "flops"
@@ -98,21 +100,26 @@ def choices(plan: Plan) -> Choices | None:
 
 def _choice(
     evidence: Evidence,
-    errors: Tensor,
+    tables: Tables,
     costs: Tensor,
     price: float,
-    layer: int,
+    row: int,
     head: int,
     candidate: int,
 ) -> Choice:
+    errors, layers = tables.error, len(evidence.layers)
+    spans = tables.schedule.spans(tables.steps)
+    # Of the steps of the phase, not of all.
+    share = len(spans) * len(spans[row // layers]) / tables.steps
+
     def option(index: int) -> Option:
         return Option(
-            str(evidence.candidate(layer, head, index)),
-            errors[layer, head, index].item(),
-            costs[layer, head, index].item(),
+            str(evidence.candidate(row % layers, head, index)),
+            errors[row, head, index].item() / share,
+            costs[row, head, index].item() / share,
         )
 
-    loss = errors[layer, head] + price * costs[layer, head]
+    loss = errors[row, head] + price * costs[row, head]
     loss = loss.nan_to_num(nan=torch.inf)
     loss[candidate] = torch.inf
     second = int(loss.argmin())

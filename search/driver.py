@@ -206,12 +206,8 @@ def resolve(plan: Plan, budget: Budget) -> Plan:
     solution = solve(evidence, budget, Timing.of_plan(plan))
     provenance = plan.provenance | {"budget": str(budget), "predicted": solution.predicted}
     provenance.pop("achieved", None)
-    assignment, remainders = evidence.assignment(solution.chosen)
     return replace(
-        plan,
-        assignment=assignment,
-        remainders=remainders,
-        schedule=solution.schedule,
+        evidence.planned(plan, solution.chosen, solution.schedule),
         provenance=provenance,
         timing=plan.timing | {"predicted": solution.times},
     )

@@ -6,7 +6,7 @@ that another budget is solved in milliseconds without another search.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Full, Pattern, pattern_from_dict, pattern_to_dict
-from dit_sparse.kernels.remainder import REMAINDERS, Drop, Remainder, cache_bytes
+from dit_sparse.kernels.pattern import Full, pattern_from_dict, pattern_to_dict
+from dit_sparse.kernels.remainder import REMAINDERS, Drop, cache_bytes
 from dit_sparse.kernels.values import from_dict, to_dict
-from dit_sparse.pipelines.plan import LSE_BYTES, Plan
+from dit_sparse.pipelines.phase import LSE_BYTES, Phase
+from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.columns import columns
-from dit_sparse.search.course import Keeping, Sightings, course
+from dit_sparse.search.course import Keeping, Sightings, courses
 from dit_sparse.search.space import Candidate, Space, search_cost
 
 ARRAYS = ("error", "density", "column_mass")
@@ -29,8 +30,12 @@ OPTIONAL = ("time", "propagation", "importance")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tables:
-    """What every candidate of every head errs, costs and keeps under one schedule, `[layers,
-    heads, candidates]`; `inf` in all where a head does not have the candidate.
+    """What every candidate of every head errs, costs and keeps under one schedule, `[rows, heads,
+    candidates]`; `inf` in all where a head does not have the candidate.
+
+    A row is a layer in one phase of the schedule: the layers of the first phase come first, then
+    those of the next. Means over all rows are those of the generation, so what a row errs and
+    costs in its own phase counts as often as there are phases.
 
     Args:
         schedule: that these are for.
@@ -38,7 +43,7 @@ class Tables:
         error: mean over all denoising steps, float64.
         flops: share of the attention of a dense generation, searches and caches included.
         time: the same of its seconds, as far as they were measured.
-        bytes: kept between steps, over all guidance branches.
+        bytes: kept between steps in the row's phase, over all guidance branches.
     """
 
     schedule: Schedule
@@ -53,6 +58,12 @@ class Tables:
         """Share of the steps that the schedule runs dense."""
         dense = sum(self.schedule.dense(step, self.steps) for step in range(self.steps))
         return dense / self.steps
+
+    def most_bytes(self, chosen: Tensor) -> float:
+        """Kept between steps by the candidates `chosen`, int64 `[rows, heads]`, in the phase that
+        keeps most."""
+        kept = self.bytes.gather(-1, chosen[..., None]).sum((1, 2))
+        return kept.reshape(len(self.schedule.shares), -1).sum(-1).max().item()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +134,16 @@ class Evidence:
         return next(same, None)
 
     def chosen(self, plan: Plan) -> Tensor | None:
-        """Numbers of the candidates that a plan runs, int64 `[layers, heads]`; `None` if one was
-        not tried."""
+        """Numbers of the candidates that a plan runs, int64 `[rows, heads]` as in `Tables`; `None`
+        if one was not tried."""
         rows = [
             [
                 self.number(layer, head, Candidate(*pair))
                 for head, pair in enumerate(
-                    zip(plan.assignment[name], plan.remainders_of(name), strict=True)
+                    zip(phase.assignment[name], phase.remainders_of(name), strict=True)
                 )
             ]
+            for phase in plan.phases
             for layer, name in enumerate(self.layers)
         ]
         return None if any(None in row for row in rows) else torch.tensor(rows)
@@ -147,26 +159,37 @@ class Evidence:
         steps = self.sightings.steps if steps is None else steps
         density = self.density.double()
         passes = density if self.time is None else self.time.double()
-        error, flops, time = (torch.empty_like(density) for _ in range(3))
-        kept = torch.zeros_like(density)
+        phases = len(schedule.shares)
+        error, flops, time, kept = (torch.zeros(phases, *density.shape).double() for _ in range(4))
         for keeping, numbers in self._keeping.items():
-            own = course(keeping, schedule, steps)
-            weights = self.sightings.weights(own, self.importance).flatten()
             search = torch.tensor([self._search[number] for number in numbers])
-            error[..., numbers] = self._known[..., numbers, :] @ weights
-            flops[..., numbers] = own.cost(density[..., numbers], search)
-            time[..., numbers] = own.cost(passes[..., numbers], search)
+            for phase, own in enumerate(courses(keeping, schedule, steps)):
+                weights = self.sightings.weights(own, self.importance).flatten()
+                error[phase][..., numbers] = phases * (self._known[..., numbers, :] @ weights)
+                flops[phase][..., numbers] = phases * own.cost(density[..., numbers], search)
+                time[phase][..., numbers] = phases * own.cost(passes[..., numbers], search)
             kept[..., numbers] = self._bytes(keeping, numbers, schedule)
         if self.propagation is not None:
             error *= self.propagation.double()[:, None, None]
-        tables = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))
-        return Tables(schedule, steps, *tables, bytes=kept)
+        filled = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))
+        rows = (table.flatten(0, 1) for table in (*filled, kept))
+        return Tables(schedule, steps, *rows)
 
-    def assignment(
-        self, chosen: Tensor
-    ) -> tuple[dict[str, tuple[Pattern, ...]], dict[str, tuple[Remainder, ...]]]:
-        """Patterns and remainders of the candidates `chosen`, int64 `[layers, heads]`, for a
-        plan; layers that drop everything have no remainders."""
+    def planned(self, plan: Plan, chosen: Tensor, schedule: Schedule) -> Plan:
+        """A plan of this search with the candidates `chosen`, int64 `[rows, heads]` as in
+        `Tables`, under `schedule`; layers that drop everything have no remainders."""
+        first, *later = (
+            self._phase(own) for own in chosen.reshape(-1, len(self.layers), chosen.shape[-1])
+        )
+        return replace(
+            plan,
+            assignment=first.assignment,
+            remainders=first.remainders,
+            later=tuple(later),
+            schedule=schedule,
+        )
+
+    def _phase(self, chosen: Tensor) -> Phase:
         patterns, remainders = {}, {}
         for layer, name in enumerate(self.layers):
             heads = enumerate(chosen[layer].tolist())
@@ -174,7 +197,7 @@ class Evidence:
             patterns[name] = tuple(each.pattern for each in own)
             if any(each.remainder != Drop() for each in own):
                 remainders[name] = tuple(each.remainder for each in own)
-        return patterns, remainders
+        return Phase(patterns, remainders)
 
     def arrays(self) -> dict[str, Tensor]:
         """The content of `Plan.evidence`."""
@@ -322,4 +345,5 @@ class Evidence:
 
 
 def _schedule(data: dict[str, Any]) -> Schedule:
-    return Schedule(**{**data, "renew_at": tuple(data["renew_at"])})
+    tuples = {name: tuple(data.get(name, ())) for name in ("renew_at", "phases")}
+    return Schedule(**data | tuples)

@@ -7,6 +7,7 @@ the video is compared with the dense one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,7 +23,9 @@ from dit_sparse.search.solution import Solution, solution_of
 LEAST, MOST = 0.1, 10.0
 """Weights of layers are kept within these, as one generation says only so much."""
 
-LEAST_IMPORTANCE = 1e-4
+LEAST_IMPORTANCE, LEAST_ERROR = 1e-4, 1e-12
+USUAL = 0.5
+"""Density of the pattern that steps are tried with."""
 
 
 def propagation(
@@ -37,15 +40,15 @@ def propagation(
         distance: generates with a plan, and gives the mean squared difference from dense videos.
     """
     weights = []
-    for layer, name in enumerate(evidence.layers):
+    for layer in range(len(evidence.layers)):
         alone = torch.full_like(solution.chosen, evidence.full)
-        alone[layer] = solution.chosen[layer]
+        # The layer in every phase.
+        alone[layer :: len(evidence.layers)] = solution.chosen[layer :: len(evidence.layers)]
         predicted = solution_of(evidence, alone, solution.schedule).predicted["error"]
-        patterns, remainders = evidence.assignment(alone)
-        if not predicted or all(pattern == Full() for pattern in patterns[name]):
+        if not predicted:
             weights.append(torch.nan)
             continue
-        one = replace(plan, assignment=patterns, remainders=remainders, schedule=solution.schedule)
+        one = evidence.planned(plan, alone, solution.schedule)
         weights.append(distance(one) / predicted)
     known = torch.tensor(weights)
     # A layer that loses nothing tells nothing: it counts as the others do on average.
@@ -54,10 +57,11 @@ def propagation(
 
 
 def importance(evidence: Evidence, plan: Plan, distance: Callable[[Plan], float]) -> Tensor:
-    """How much errors at each anchor count, float32 `[anchors]`, the largest 1.
+    """How much errors from each anchor to the next count, float32 `[anchors]`, the largest 1.
 
-    Every head runs the densest candidate that loses anything, so that the video moves a little:
-    where it becomes another one altogether, more error makes no more difference.
+    Every head runs one pattern of about `USUAL` density there, as heads of a plan will. A milder
+    one would tell how much a video moves by little, which late steps hardly add to; a harder one
+    makes another video of it at once.
 
     Args:
         evidence, plan, distance: as for `propagation`.
@@ -68,14 +72,15 @@ def importance(evidence: Evidence, plan: Plan, distance: Callable[[Plan], float]
         for place, pattern in enumerate(evidence.space.patterns)
         if pattern != Full() and not isinstance(pattern, OnlinePattern)
     ]
-    mildest = max(numbers, key=lambda number: float(evidence.density[0, 0, number]))
-    everywhere = torch.full(evidence.density.shape[:2], mildest)
-    patterns, rest = evidence.assignment(everywhere)
-    steps, weights = evidence.sightings.steps, []
-    for number, anchor in enumerate(evidence.sightings.anchors):
-        alone = Schedule(dense_first=anchor, dense_last=steps - anchor - 1)
-        one = replace(plan, assignment=patterns, remainders=rest, schedule=alone)
-        error = evidence.error[..., mildest, number, 0].double().sum(-1).mean()
-        weights.append(distance(one) / float(error.clamp_min(1e-12)))
+    chosen = min(numbers, key=lambda number: abs(float(evidence.density[0, 0, number]) - USUAL))
+    everywhere = torch.full(evidence.density.shape[:2], chosen)
+    steps, anchors = evidence.sightings.steps, evidence.sightings.anchors
+    alike = replace(evidence, importance=torch.ones(len(anchors)))
+    weights = []
+    for begin, end in itertools.pairwise((*anchors, steps)):
+        alone = Schedule(dense_first=begin, dense_last=steps - end)
+        predicted = solution_of(alike, everywhere, alone).predicted["error"]
+        one = evidence.planned(plan, everywhere, alone)
+        weights.append(distance(one) / max(predicted, LEAST_ERROR))
     found = torch.tensor(weights)
     return (found / found.max()).clamp_min(LEAST_IMPORTANCE).float()

@@ -38,7 +38,7 @@ class Solution:
     """One candidate for each head.
 
     Args:
-        chosen: int64 `[layers, heads]`, numbers of candidates.
+        chosen: int64 `[rows, heads]` as in `Tables`, numbers of candidates.
         schedule: of the generation.
         predicted: `flops` and `density` (see `Budget`), `error` (mean over layers and steps of
             the summed errors of the heads) and `cache_bytes`.
@@ -80,7 +80,7 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
 def solution_of(
     evidence: Evidence, chosen: Tensor, schedule: Schedule, timing: Timing | None = None
 ) -> Solution:
-    """The candidates `chosen`, int64 `[layers, heads]`, with what is expected of them."""
+    """The candidates `chosen`, int64 `[rows, heads]`, with what is expected of them."""
     return _solution(evidence.tables(schedule), chosen, evidence.full, timing)
 
 
@@ -91,13 +91,14 @@ def _solution(tables: Tables, chosen: Tensor, full: int, timing: Timing | None) 
         "flops": flops,
         "density": (flops - tables.dense) / sparse if sparse else 1.0,
         "error": _mean(tables.error, chosen) * chosen.shape[1],
-        "cache_bytes": _picked(tables.bytes, chosen).sum().item(),
+        "cache_bytes": tables.most_bytes(chosen),
     }
     if timing is None:
         return Solution(chosen, tables.schedule, predicted, {})
     spent = _picked(tables.time, chosen)
     # A layer whose heads are all full runs the model's own attention.
-    spent[(chosen == full).all(-1)] = 1.0
+    dense = (chosen == full).all(-1)
+    spent[dense] = tables.flops[dense][..., full]
     attention = spent.mean().item()
     times = {
         "attention": attention,
@@ -108,8 +109,7 @@ def _solution(tables: Tables, chosen: Tensor, full: int, timing: Timing | None) 
 
 
 def limit_of(budget: Budget, tables: Tables, timing: Timing | None) -> tuple[Tensor, float]:
-    """The costs that a budget limits, `[layers, heads, candidates]`, and the limit of their
-    mean over heads."""
+    """The costs that a budget limits, `[rows, heads, candidates]`, and the limit of their mean."""
     if budget.flops is not None:
         return tables.flops, budget.flops
     if budget.density is not None:
@@ -153,17 +153,17 @@ def _within_bytes(
     """What `solver` finds for `objective` with the least price on bytes that keeps their limit."""
     chosen = solver(objective)
     most = budget.cache_bytes
-    if most is None or _picked(tables.bytes, chosen).sum() <= most:
+    if most is None or tables.most_bytes(chosen) <= most:
         return chosen
     unit = objective[objective.isfinite()].max() / tables.bytes.max()
     low, high = -30.0, 10.0
     kept = solver(objective + unit * 2**high * tables.bytes)
-    if _picked(tables.bytes, kept).sum() > most:
+    if tables.most_bytes(kept) > most:
         return None
     for _ in range(PRICES):
         middle = (low + high) / 2
         chosen = solver(objective + unit * 2**middle * tables.bytes)
-        if _picked(tables.bytes, chosen).sum() > most:
+        if tables.most_bytes(chosen) > most:
             low = middle
         else:
             high, kept = middle, chosen

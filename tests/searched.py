@@ -28,6 +28,7 @@ SCHEDULES = (
     Schedule(dense_first=2, renew_every=3),
     Schedule(dense_first=4, renew_every=2),
 )
+PHASED = Schedule(dense_first=1, phases=(0.4, 0.7))
 TIMING = Timing("a device", STEPS, 1.0, 0.5, 2.0)
 
 
@@ -62,14 +63,13 @@ def evidence_of(layers: int, seed: int = 0) -> Evidence:
 def plan_of(evidence: Evidence) -> Plan:
     """A plan of full heads that carries `evidence`."""
     layers = len(evidence.layers)
-    full = torch.full((layers, HEADS), evidence.full)
     return Plan(
         {
             "transformer": ModelFingerprint(
                 "WanTransformer3DModel", layers, HEADS, HEAD_DIM, "0" * 64
             )
         },
-        evidence.assignment(full)[0],
+        {layer: (Full(),) * HEADS for layer in evidence.layers},
         SCHEDULES[0],
         grid=GRID.shape,
         block=BLOCK,

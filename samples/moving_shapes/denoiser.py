@@ -65,6 +65,7 @@ CURRICULUM = (
     Stage((29, 48, 48), 8, 2_000, 1e-3, final=0.3),
     Stage((29, 64, 64), 4, 2_000, 7e-4, final=0.02),
     Stage((29, 64, 64), 4, 5_200, 8e-4, final=0.02, singles=0.2),
+    Stage((29, 64, 64), 4, 3_000, 2.5e-4, final=0.02, singles=0.2),
 )
 
 

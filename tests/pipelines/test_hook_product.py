@@ -14,7 +14,7 @@ from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Re
 from dit_sparse.kernels.score import Clustered, Mass, Oracle, Sampled
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import Bands, Cumulative, Tiers, TopRow
-from dit_sparse.pipelines.hook import enable_sparse_attention
+from dit_sparse.pipelines.hook import SparseAttentionHook, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from tests import tiny
@@ -259,3 +259,68 @@ def test_an_oracle_keeps_nothing_and_is_dearer_than_dense_attention() -> None:
     assert report.cache_bytes == plan.cache_bytes(TokenGrid(3, 4, 4)) == 0
     assert report.dense_calls == {"dense steps of the schedule": 2 * 2}
     assert report.flops == pytest.approx((1 + 4 * (1.5 + 2 / 6)) / 5)
+
+
+def test_phases_run_one_plan_after_the_other() -> None:
+    pipe = tiny.wan()
+    patterns = (Band(3), Skip(), Band(5, "pixel_major"))
+    single = [plan_of(pipe, pattern, Drop(), Schedule()) for pattern in patterns]
+    phased = replace(
+        single[0],
+        later=(single[1].phases[0], single[2].phases[0]),
+        schedule=Schedule(dense_first=1, phases=(0.4, 0.8)),
+    )
+    with enable_sparse_attention(pipe, phased) as hook:
+        output = tiny.generate(pipe, num_inference_steps=5)
+        report = hook.report()
+        assert torch.equal(tiny.generate(pipe, num_inference_steps=5), output)
+    assert report.dense_calls == {"dense steps of the schedule": 4}
+
+    switched: list[SparseAttentionHook] = []
+
+    def follow(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Change the plan by hand before step `step + 1`."""
+        turns = {1: single[0], 2: single[1], 4: single[2]}
+        if step + 1 in turns:
+            if switched:
+                switched[-1].disable()
+            switched.append(enable_sparse_attention(pipe, turns[step + 1]))
+        return tensors
+
+    expected = tiny.generate(pipe, num_inference_steps=5, callback_on_step_end=follow)
+    switched[-1].disable()
+    assert len(switched) == 3
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("pattern", [MASS, CLUSTERED, Skip()], ids=str)
+def test_a_phase_forgets_what_the_one_before_kept(pattern: Pattern) -> None:
+    pipe = tiny.wan()
+    both = plan_of(pipe, pattern, Complement(), Schedule(phases=(0.5,)))
+    renewed = plan_of(pipe, pattern, Complement(), Schedule(renew_at=(3,)))
+    outputs, reports = [], []
+    for plan in (both, renewed):
+        with enable_sparse_attention(pipe, plan) as hook:
+            outputs.append(tiny.generate(pipe, num_inference_steps=6))
+            reports.append(hook.report())
+    # A second phase of the same patterns is a renewal; only what starts from where it was, the
+    # clusters, comes out otherwise.
+    assert torch.equal(*outputs) == (pattern is not CLUSTERED)
+    assert reports[0].dense_calls == reports[1].dense_calls
+    grid = TokenGrid(3, 4, 4)
+    assert reports[0].cache_bytes == 2 * both.cache_bytes(grid)
+    bare = replace(both, later=(plan_of(pipe, Band(3), Drop(), Schedule()).phases[0],))
+    with enable_sparse_attention(pipe, bare) as hook:
+        tiny.generate(pipe, num_inference_steps=6)
+        assert hook.report().cache_bytes == 2 * both.cache_bytes(grid)
+        assert hook.report().dense_calls == {"renewal": 4}
+
+
+def test_a_plan_of_phases_needs_to_know_the_step() -> None:
+    transformer = tiny.wan().transformer
+    plan = plan_of(transformer, Band(3), Drop(), Schedule(phases=(0.5,)))
+    with (
+        enable_sparse_attention(transformer, plan),
+        pytest.raises(ValueError, match="depends on the denoising step, which neither"),
+    ):
+        transformer(**wan_inputs())

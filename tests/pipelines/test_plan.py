@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from dit_sparse.kernels.remainder import Complement, Drop
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
+from dit_sparse.pipelines.phase import Phase
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
 from tests import tiny
@@ -70,6 +72,67 @@ def test_G12_a_loaded_plan_is_the_saved_one(plan: Plan, saved: Path) -> None:
     for name, array in plan.evidence.items():
         assert loaded.evidence[name].dtype == array.dtype
         assert torch.equal(loaded.evidence[name], array)
+
+
+@pytest.fixture
+def phased(plan: Plan) -> Plan:
+    """Other patterns from a third of the steps on, some with remainders."""
+    turned = dict(zip(plan.assignment, list(plan.assignment.values())[::-1], strict=True))
+    remainders = {"transformer.blocks.1.attn1": (Complement(),) * 5}
+    return dataclasses.replace(
+        plan, later=(Phase(turned, remainders),), schedule=Schedule(2, 1, phases=(0.35,))
+    )
+
+
+def test_G12_phases_travel_with_the_plan(plan: Plan, phased: Plan, tmp_path: Path) -> None:
+    phased.save_pretrained(tmp_path)
+    loaded = Plan.from_pretrained(tmp_path)
+    assert loaded.later == phased.later
+    assert loaded.schedule == phased.schedule
+    assert loaded.digest == phased.digest != plan.digest
+    assert loaded.phases[0] == Phase(plan.assignment, plan.remainders)
+    text = (tmp_path / "plan.json").read_text()
+    assert text.count("\n") > 20
+    assert max(map(len, text.splitlines())) < 200
+    # A plan without phases is written as it was before there were any.
+    plan.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert "later" not in document
+    assert "phases" not in document["schedule"]
+
+
+def test_a_plan_keeps_what_its_largest_phase_keeps(phased: Plan) -> None:
+    caches = phased.phases[1].kept_bytes(phased.model, GRID, 1, again=False)
+    assert caches == (5 * 48 * (12 * 2 + 4), 0)
+    assert phased.cache_bytes(GRID) == caches[0]
+    assert dataclasses.replace(phased, cache_limit=100).cache_bytes(GRID) == 100
+    assert phased.renews
+    assert not Plan(MODEL, phased.assignment).renews
+
+
+def test_phases_count_as_their_share_of_the_steps(phased: Plan) -> None:
+    # Every pattern stands in both layers of both phases; half of the later ones have caches.
+    assert phased.heads[Band(7, "pixel_major"), Drop()] == pytest.approx(2 * 0.35 + 0.65)
+    assert phased.heads[Band(7, "pixel_major"), Complement()] == pytest.approx(0.65)
+    assert sum(phased.heads.values()) == pytest.approx(10)
+
+
+def test_phases_that_do_not_fit_are_refused(plan: Plan, phased: Plan) -> None:
+    def later(**changes: Any) -> Plan:
+        return dataclasses.replace(phased, **changes)
+
+    with pytest.raises(ValueError, match=r"later: .* each of 1 further phases .*, came 0"):
+        later(later=())
+    with pytest.raises(ValueError, match=r"later: .* each of 0 further phases .*, came 1"):
+        later(schedule=plan.schedule)
+    moved = {
+        path.replace("blocks.1", "blocks.2"): heads for path, heads in plan.assignment.items()
+    }
+    with pytest.raises(ValueError, match=r"later: layer transformer.blocks.1.attn1 is not in eve"):
+        later(later=(Phase(moved),))
+    short = {path: heads[:4] for path, heads in plan.assignment.items()}
+    with pytest.raises(ValueError, match=r"expected one pattern for each of 5 heads, came 4"):
+        later(later=(Phase(short),))
 
 
 def test_G12_a_loaded_plan_has_the_same_masks(plan: Plan, saved: Path) -> None:

@@ -89,7 +89,7 @@ def test_presets_keep_their_remainders() -> None:
     pipe = tiny.wan()
     for name, remainder in (("re-ttention", Rescale()), ("asa-g", Pooled(5)), ("gna", Drop())):
         plan = Plan.preset(name, pipe, grid=GRID, steps=20)
-        assert {r for layer in plan.assignment for r in plan.remainders_of(layer)} == {remainder}
+        assert {rest for _, rest in plan.heads} == {remainder}
 
 
 def test_another_density_can_be_asked() -> None:

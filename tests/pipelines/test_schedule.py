@@ -117,3 +117,27 @@ def test_what_is_no_count_is_refused(name: str, value: Any) -> None:
 def test_what_is_out_of_range_is_refused(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**values)
+
+
+def test_phases_take_their_shares_of_the_steps() -> None:
+    schedule = Schedule(dense_first=1, phases=(0.35, 0.6))
+    assert schedule.spans(20) == (range(7), range(7, 12), range(12, 20))
+    assert [schedule.phase(step, 10) for step in range(10)] == [0] * 4 + [1] * 2 + [2] * 4
+    # Of two steps the second is of the last phase, and the one between has none.
+    assert schedule.spans(2) == (range(1), range(1, 1), range(1, 2))
+    assert [schedule.phase(step, 2) for step in range(2)] == [0, 2]
+    assert schedule.shares == pytest.approx((0.35, 0.25, 0.4))
+    assert schedule.phase_names == (" from 0%", " from 35%", " from 60%")
+    assert str(schedule).endswith("; other patterns from 35%, 60% of the steps on")
+    assert schedule.scaled(2.5).phases == schedule.phases
+    plain = Schedule()
+    assert (plain.spans(3), plain.shares, plain.phase_names) == ((range(3),), (1.0,), ("",))
+    # Which patterns run depends on the step.
+    assert plain.always_sparse
+    assert not Schedule(phases=(0.5,)).always_sparse
+
+
+@pytest.mark.parametrize("phases", [(0.0,), (1.0,), (0.5, 0.5), (0.6, 0.4), (float("nan"),)])
+def test_phases_out_of_order_are_refused(phases: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="phases: expected ascending shares of the steps between"):
+        Schedule(phases=phases)

@@ -28,7 +28,7 @@ BOTH, NONE, FIRST = (True, True), (False, False), (True, False)
 def test_caches_are_kept_where_the_setting_says(where: Where, expected: Any) -> None:
     plan = Setting("adaspa", Complement(), where=where).plan(tiny.wan(layers=4), GRID, 20)
     kept = [
-        tuple(rest == Complement() for rest in plan.remainders_of(layer))
+        tuple(rest == Complement() for rest in plan.phases[0].remainders_of(layer))
         for layer in plan.assignment
     ]
     assert kept == expected

@@ -15,7 +15,7 @@ from dit_sparse.search.choices import choices
 from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.space import Candidate
-from tests.searched import HEADS, SCHEDULES, SPACE, TIMING, evidence_of, plan_of
+from tests.searched import HEADS, PHASED, SCHEDULES, SPACE, TIMING, evidence_of, plan_of
 
 LAYERS = 3
 COUNT = 2 * SPACE.slots
@@ -44,7 +44,7 @@ def test_choices_say_what_every_head_gave_up(plan: Plan, evidence: Evidence) -> 
             words = [str(evidence.candidate(layer, head, c)) for c in range(COUNT)]
             errors, costs = tables.error[layer, head], tables.flops[layer, head]
             pattern = solved.assignment[name][head]
-            won = words.index(str(Candidate(pattern, solved.remainders_of(name)[head])))
+            won = words.index(str(Candidate(pattern, solved.phases[0].remainders_of(name)[head])))
             assert choice.winner.pattern == words[won]
             assert choice.winner.error == errors[won].item()
             assert choice.winner.cost == costs[won].item()
@@ -86,10 +86,10 @@ def test_a_budget_of_time_is_explained_in_time(plan: Plan, evidence: Evidence) -
 def test_choices_know_columns_and_leave_foreign_plans_alone(
     plan: Plan, evidence: Evidence
 ) -> None:
-    heads, none = evidence.assignment(torch.full((LAYERS, HEADS), 10))
-    assert none == {}
+    striped = evidence.planned(plan, torch.full((LAYERS, HEADS), 10), plan.schedule)
+    heads = striped.assignment
     assert all(isinstance(p, Columns) for row in heads.values() for p in row)
-    found = choices(replace(plan, assignment=heads))
+    found = choices(striped)
     assert found is not None
     assert found.point[0] == pytest.approx(0.2 + 0.8 * 0.5)
     # Another schedule, another price.
@@ -102,3 +102,26 @@ def test_choices_know_columns_and_leave_foreign_plans_alone(
     assert choices(replace(plan, assignment=heads, remainders=pooled)) is None
     assert choices(replace(plan, evidence={})) is None
     assert choices(replace(plan, schedule=Schedule(recall=0.9))) is None
+
+
+def test_heads_have_reasons_of_their_own_in_every_phase(plan: Plan, evidence: Evidence) -> None:
+    plan = replace(
+        plan, provenance={"search": replace(evidence, schedules=(PHASED,)).description()}
+    )
+    solved = resolve(plan, Budget(flops=0.45))
+    assert solved.schedule == PHASED
+    found = choices(solved)
+    assert found is not None
+    whens = (" from 0%", " from 40%", " from 70%")
+    assert list(found.layers) == [layer + when for when in whens for layer in evidence.layers]
+    spent = 0.0
+    for phase, when, share in zip(solved.phases, whens, (0.4, 0.3, 0.3), strict=True):
+        for layer in evidence.layers:
+            for head, choice in enumerate(found.layers[layer + when]):
+                pair = phase.assignment[layer][head], phase.remainders_of(layer)[head]
+                assert choice.winner.pattern == str(Candidate(*pair))
+                # Of the steps of the phase.
+                assert choice.full.cost == pytest.approx(1)
+                spent += choice.winner.cost * share
+    assert spent / (LAYERS * HEADS) == pytest.approx(solved.predicted["flops"])
+    assert found.point == pytest.approx((solved.predicted["flops"], solved.predicted["error"]))

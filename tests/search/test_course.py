@@ -23,10 +23,11 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.course import (
     DECAY,
+    FLOOR,
     Course,
     Keeping,
     Sightings,
-    course,
+    courses,
     schedules,
     sightings,
 )
@@ -48,7 +49,22 @@ SCHEDULES = (
     Schedule(dense_first=1, renew_every=2),
     Schedule(renew_every=3, renew_at=(1, 2)),
     Schedule(dense_first=2, renew_at=(1, 4), dense_last=2),
+    Schedule(dense_first=1, phases=(0.4, 0.7)),
+    Schedule(renew_every=2, phases=(0.5,), dense_last=1),
 )
+
+
+def course(keeping: Keeping, schedule: Schedule, steps: int) -> Course:
+    """Of a whole generation, whose phases all do the same."""
+    every = courses(keeping, schedule, steps)
+    assert len(every) == len(schedule.phases) + 1
+    return Course(
+        steps,
+        sum(own.dense for own in every),
+        sum(own.sparse for own in every),
+        sum(own.searches for own in every),
+        tuple(err for own in every for err in own.errs),
+    )
 
 
 def keeping(pattern: Pattern, remainder: Remainder) -> Keeping:
@@ -140,6 +156,26 @@ def test_what_is_kept_decides_the_course() -> None:
     both = course(keeping(MASS, Rescale()), schedule, 6)
     assert both == Course(6, 4, 4, 2, ((2, 1), (4, 1)))
     assert keeping(Full(), Pooled()) == Keeping(False, False, False)
+
+
+def test_a_phase_knows_nothing_of_the_one_before() -> None:
+    schedule = Schedule(dense_first=1, phases=(0.5, 0.8))
+    assert courses(keeping(Band(3), Drop()), schedule, 6) == (
+        Course(6, 1, 2, 0, ((1, 0), (2, 0))),
+        Course(6, 0, 2, 0, ((3, 0), (4, 0))),
+        Course(6, 0, 1, 0, ((5, 0),)),
+    )
+    assert courses(keeping(MASS, Complement()), schedule, 6) == (
+        Course(6, 2, 2, 1, ((2, 1),)),
+        Course(6, 1, 2, 1, ((4, 1),)),
+        Course(6, 1, 1, 1, ()),
+    )
+    # Of two steps nothing is left for the last.
+    assert courses(keeping(Band(3), Drop()), schedule, 2) == (
+        Course(2, 1, 0, 0, ()),
+        Course(2, 0, 1, 0, ((1, 0),)),
+        Course(2, 0, 0, 0, ()),
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,8 +275,14 @@ def test_schedules_cover_a_twentieth_to_a_third_dense() -> None:
     every = schedules(20)
     assert {each.dense_first for each in every} == {1, 2, 3, 4, 6}
     assert {each.renew_every for each in every} == {0, 2, 3, 4, 6, 9}
-    assert len(every) == len(set(every)) == 30
-    assert schedules(4) == (Schedule(dense_first=1), Schedule(dense_first=1, renew_every=2))
+    assert len(every) == len(set(every)) == 49
+    # Of 5 x 4 phased ones the first phase of (0.25, 0.5) has no step left behind 6 dense ones.
+    assert sum(bool(each.phases) for each in every) == 19
+    assert schedules(4) == (
+        Schedule(dense_first=1),
+        Schedule(dense_first=1, renew_every=2),
+        Schedule(dense_first=1, phases=(0.5,)),
+    )
 
 
 def test_measured_importance_is_interpolated_by_its_logarithm() -> None:
@@ -255,6 +297,7 @@ def test_measured_importance_is_interpolated_by_its_logarithm() -> None:
 
 def test_errors_of_early_steps_count_more_where_nothing_was_measured() -> None:
     early, late = (SEEN.weights(Course(12, 0, 0, 0, ((step, 0),))).sum() for step in (1, 9))
-    assert (early / late).item() == pytest.approx(math.exp(DECAY * 8 / 12))
+    counts = [math.exp(-DECAY * step / 12) + FLOOR for step in (1, 9)]
+    assert (early / late).item() == pytest.approx(counts[0] / counts[1])
     everything = Course(12, 0, 0, 0, tuple((step, 0) for step in range(12)))
     assert SEEN.weights(everything).sum().item() == pytest.approx(1)

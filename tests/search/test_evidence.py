@@ -17,7 +17,7 @@ from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.space import Candidate
-from tests.searched import GRID, HEADS, MASS, SCHEDULES, SEEN, STEPS, evidence_of, plan_of
+from tests.searched import GRID, HEADS, MASS, PHASED, SCHEDULES, SEEN, STEPS, evidence_of, plan_of
 
 LAYERS = 3
 OFTEN = SCHEDULES[1]
@@ -95,6 +95,46 @@ def test_tables_by_hand(
     assert tables.error[1, 1, number].item() == pytest.approx(expected)
 
 
+def test_tables_of_phases_by_hand(evidence: Evidence) -> None:
+    # Steps 0 to 3, of which the first is dense, 4 to 6, and 7 to 9.
+    spans = (
+        [(s, 0) for s in (1, 2, 3)], [(s, 0) for s in (4, 5, 6)], [(s, 0) for s in (7, 8, 9)]
+    )  # fmt: skip
+    cached = ([(1, 1), (1, 2)], [(4, 1), (4, 2)], [(7, 1), (7, 2)])
+    tables = evidence.tables(PHASED)
+    assert tables.flops.shape[:2] == (3 * LAYERS, HEADS)
+    for candidate, errs, flops in (
+        (Candidate(Band(20)), spans, (0.1 + 0.3 * 0.6, 0.3 * 0.6, 0.3 * 0.6)),
+        (Candidate(Skip(), Complement()), cached, (0.2, 0.1, 0.1)),
+    ):
+        number = evidence.number(1, 1, candidate)
+        assert number is not None
+        for phase in range(3):
+            row = phase * LAYERS + 1
+            # Three times, so that the mean over all rows is that of the generation.
+            assert tables.flops[row, 1, number].item() == pytest.approx(3 * flops[phase])
+            expected = 3 * mean_error(evidence.error[1, 1, number], errs[phase])
+            assert tables.error[row, 1, number].item() == pytest.approx(expected)
+
+
+def test_plans_of_phases_and_their_candidates(evidence: Evidence, plan: Plan) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, 10, (3 * LAYERS, HEADS), generator=generator)
+    chosen[chosen == 1] = 0
+    made = evidence.planned(plan, chosen, PHASED)
+    assert len(made.phases) == 3
+    assert made.schedule == PHASED
+    found = evidence.chosen(made)
+    assert found is not None
+    assert torch.equal(found, chosen)
+    first = evidence.candidate(0, 1, int(chosen[2 * LAYERS, 1]))
+    last = made.phases[2]
+    assert last.assignment[evidence.layers[0]][1] == first.pattern
+    assert last.remainders_of(evidence.layers[0])[1] == first.remainder
+    again = Evidence.of_plan(replace(made, evidence=evidence.arrays()))
+    assert again.schedules == SCHEDULES
+
+
 def test_bytes_are_of_caches_and_of_lses_that_are_needed_again(evidence: Evidence) -> None:
     # Two guidance branches, 48 tokens, 12 channels in float16 and a float32 beside them.
     cache, lse = 2 * 48 * (12 * 2 + 4), 2 * 48 * 4
@@ -164,9 +204,10 @@ def test_candidates_have_numbers(evidence: Evidence) -> None:
     assert evidence.number(2, 1, Candidate(other)) is None
 
 
-def test_assignment_names_remainders_where_there_are_any(evidence: Evidence) -> None:
+def test_assignment_names_remainders_where_there_are_any(evidence: Evidence, plan: Plan) -> None:
     chosen = torch.tensor([[0, 2], [3, 6], [8, 9]])
-    patterns, remainders = evidence.assignment(chosen)
+    made = evidence.planned(plan, chosen, SCHEDULES[0])
+    patterns, remainders = made.assignment, made.remainders
     first, second, third = evidence.layers
     assert patterns == {first: (Full(), Skip()), second: (Skip(), Band(6)), third: (MASS, MASS)}
     assert remainders == {second: (Complement(), Drop()), third: (Drop(), Complement())}

@@ -55,19 +55,23 @@ def test_a_layer_that_loses_nothing_counts_as_the_others_do(evidence: Evidence) 
     assert weights.max() <= MOST
 
 
-def test_anchors_run_alone_with_the_mildest_pattern(evidence: Evidence) -> None:
+def test_anchors_run_alone_until_the_next_with_the_pattern_of_usual_density(
+    evidence: Evidence,
+) -> None:
     truth = dict(zip(SEEN.anchors, (8.0, 2.0), strict=True))
     number = 2 * evidence.space.patterns.index(Band(20))
+    alike = replace(evidence, importance=torch.ones(len(SEEN.anchors)))
+    told: list[Schedule] = []
 
     def distance(plan: Plan) -> float:
         assert {head for heads in plan.assignment.values() for head in heads} == {Band(20)}
-        first = plan.schedule.dense_first
-        assert plan.schedule == Schedule(dense_first=first, dense_last=STEPS - first - 1)
-        anchor = SEEN.anchors.index(first)
-        error = evidence.error[..., number, anchor, 0].double().sum(-1).mean().item()
-        return 3 * truth[first] * error
+        told.append(plan.schedule)
+        # Errors of all steps that are not dense, and of all heads.
+        every = alike.tables(plan.schedule).error[..., number].sum(-1).mean().item()
+        return 3 * truth[plan.schedule.dense_first] * every
 
     weights = importance(evidence, plan_of(evidence), distance)
+    assert told == [Schedule(2, STEPS - 6), Schedule(6, 0)]
     torch.testing.assert_close(weights, torch.tensor([1.0, 0.25]))
     silent = importance(
         evidence, plan_of(evidence), lambda plan: float(plan.schedule.dense_first == 2)

@@ -74,6 +74,28 @@ def test_SV5_within_the_largest_step_of_the_enumerated_optimum(seed: int) -> Non
         assert -1e-9 <= 4 * cheap.predicted["flops"] - lowest <= step + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_SV5_phases_are_solved_together(seed: int) -> None:
+    toy = replace(evidence_of(1, seed), schedules=(Schedule(1, phases=(0.5,)),))
+    (tables,) = (toy.tables(schedule) for schedule in toy.schedules)
+    errors, flops = totals(tables.error), totals(tables.flops)
+    for limit in (0.3, 0.5, 0.8):
+        found = solve(toy, Budget(flops=limit))
+        assert found.chosen.shape == (2, HEADS)
+        assert picked(tables.flops, found.chosen) / 4 == pytest.approx(found.predicted["flops"])
+        best = least(errors, flops <= 4 * limit + 1e-9)
+        step = max(max(hull_steps(tables.error[row], tables.flops[row])) for row in range(2))
+        # The mean over two phases of the sums of their heads.
+        assert -1e-9 <= 2 * found.predicted["error"] - best <= step + 1e-9
+        # Whoever may choose anew in the middle loses no more.
+        alike = toy.tables(Schedule(1, phases=(0.5,)))
+        same = alike.error[0] + alike.error[1], alike.flops[0] + alike.flops[1]
+        rows = [totals(each[None]) for each in same]
+        assert 2 * found.predicted["error"] <= least(rows[0], rows[1] <= 4 * limit) + step
+    most = toy.tables(toy.schedules[0]).most_bytes(found.chosen)
+    assert most == found.predicted["cache_bytes"]
+
+
 @pytest.mark.parametrize(
     ("budget", "kind"),
     [(Budget(flops=0.45), "error"), (Budget(flops=0.6), "error"), (Budget(error=0.4), "flops")],
@@ -273,6 +295,7 @@ def test_promised_flops_and_bytes_are_those_of_the_report(
     tables = [evidence.tables(schedule) for schedule in evidence.schedules]
     lowest = min(each.flops.amin(-1).mean().item() for each in tables)
     seen: set[tuple[str, str]] = set()
+    phases: set[int] = set()
     for budget in budgets(lowest):
         plan = resolve(searched, budget)
         # The search ran with as long a text as the model takes.
@@ -281,9 +304,8 @@ def test_promised_flops_and_bytes_are_those_of_the_report(
             report = hook.report()
         assert report.flops == pytest.approx(plan.predicted["flops"], rel=1e-6), str(budget)
         assert report.cache_bytes == plan.predicted["cache_bytes"], str(budget)
-        for layer, patterns in plan.assignment.items():
-            remainders = plan.remainders_of(layer)
-            pairs = zip(patterns, remainders, strict=True)
-            seen |= {(pattern.kind, remainder.kind) for pattern, remainder in pairs}
+        seen |= {(pattern.kind, remainder.kind) for pattern, remainder in plan.heads}
+        phases.add(len(plan.phases))
     # The budgets ask for different things.
     assert len(seen) >= 4, seen
+    assert len(phases) > 1
