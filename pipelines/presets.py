@@ -169,10 +169,18 @@ PRESETS: dict[str, Preset] = {
         Schedule(dense_first=15, renew_every=1),
     ),
     "asa": Preset(
-        "arXiv 2508.10774, the authors' code for Wan 2.1 1.3B, untrained",
+        "arXiv 2508.10774, the constants of the authors' code for Wan 2.1 1.3B, untrained",
         WAN,
         50,
         Scored(Sampled(32), Cumulative(0.95, 0.05, 0.17), "gilbert"),
+        EVERY_STEP,
+    ),
+    "asa-repo": Preset(
+        "arXiv 2508.10774, the authors' code for Wan 2.1 1.3B, untrained: a row stops before the "
+        "block that reaches its mass",
+        WAN,
+        50,
+        Scored(Sampled(32), Cumulative(0.95, 0.05, 0.17, crossing=False), "gilbert"),
         EVERY_STEP,
     ),
     "asa-g": Preset(
