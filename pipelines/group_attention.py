@@ -8,7 +8,7 @@ oracle, which may know dense attention and not show it.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -107,7 +107,9 @@ class GroupAttention:
         if search:
             flops += group.search_cost(grid, self._lists.block, again=last is not None)
             last = self._search(group, operands, grid, place.step, last, dense)
-            self.memory.find(self._owner(place), last)
+            # Lists are long where every head has its own: none waits for the next to be made.
+            kept_parts = () if self._schedule.renews_always else last.parts
+            self.memory.find(self._owner(place), replace(last, parts=kept_parts))
         parts = self._lists.analytic(group, grid) if last is None else last.parts
         if dense is not None and not renew and not group.oracle:
             return Computed(dense[0], DENSE, flops, dense=True)
@@ -130,7 +132,9 @@ class GroupAttention:
         return branch, place.layer, place.group
 
     def _search_due(self, last: Found | None, operands: Operands, place: Place) -> bool:
-        if last is None or self._schedule.renews(place.step, last.step, place.number):
+        if last is None or not last.parts:
+            return True
+        if self._schedule.renews(place.step, last.step, place.number):
             return True
         if last.recall is None or self._schedule.recall is None or place.step == last.step:
             return False

@@ -20,7 +20,7 @@ class Found:
 
     Args:
         step (`int`): the denoising step.
-        parts (`tuple[Part, ...]`): the lists.
+        parts (`tuple[Part, ...]`): the lists; none if they will not be used again.
         lse (`Tensor`, *optional*): of dense attention, for the next search.
         recall (`float`, *optional*): share of attention that the list held when it was found.
         centroids (`Centroids`, *optional*): of its clusters, for the next search.

@@ -223,9 +223,18 @@ def test_clusters_that_are_found_once_leave_nothing_to_go_on_from() -> None:
     assert compute.memory.found["cond", "a", 0] is found
 
 
+def test_a_second_call_at_a_step_that_kept_no_list_searches_again() -> None:
+    run, _ = runner(SAMPLED, Drop(), Schedule(renew_every=1))
+    run(0)
+    of = operands(4)
+    came = run(0, of=of)
+    assert_same(came.output, attend(of, searched(SAMPLED, of, None))[0])
+    assert came.flops > came.density.weighted
+
+
 def test_SG_heads_that_choose_differently_run_what_they_chose() -> None:
     choice = Choice((Band(9), Band(5, "pixel_major"), Skip()), samples=GRID.tokens)
-    run, compute = runner(choice, Drop(), Schedule(renew_every=1))
+    run, compute = runner(choice, Drop(), Schedule())
     of = operands(0)
     # One head sees the next tokens, the other the same place of the other frame.
     codes = torch.randn(35, 16, generator=torch.Generator().manual_seed(3))
