@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import Density
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.recall import block_recall
-from dit_sparse.kernels.remainder import Pair, cache_of
+from dit_sparse.kernels.remainder import Pair, cache_bytes, cache_of
 from dit_sparse.pipelines.heads import HeadGroup
 from dit_sparse.pipelines.memory import Found, Kept, Memory
 from dit_sparse.pipelines.parts import Lists, Operands, Part, attend
@@ -98,6 +98,8 @@ class GroupAttention:
             ValueError: a pattern refuses the grid.
         """
         last, kept = self.memory.found.get(self._owner(place)), self.memory.kept.get(place.key)
+        if kept is None and group.remainder.cached and not self._fits(group, operands):
+            kept = self.memory.leave(place.key, place.step)
         search = group.found and self._search_due(last, operands, place)
         renew = group.remainder.cached and self._cache_due(kept, last, search, place)
         dense = None
@@ -141,6 +143,12 @@ class GroupAttention:
         with self.stopwatch.stretch("search", operands.query.device):
             recall = self._recall(operands, last.parts)
         return recall < self._schedule.recall * last.recall
+
+    def _fits(self, group: HeadGroup, operands: Operands) -> bool:
+        """Whether there is room for the cache of the group by itself: a dense pass for one that
+        is larger than the limit would be for nothing."""
+        size = cache_bytes(group.remainder, *operands.query.shape)
+        return self._cache_limit is None or size <= self._cache_limit
 
     def _cache_due(
         self, kept: Kept | None, last: Found | None, search: bool, place: Place

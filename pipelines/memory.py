@@ -89,5 +89,11 @@ class Memory:
             self.dropped += 1
         self.peak = max(self.peak, self.bytes)
 
+    def leave(self, key: Hashable, step: int) -> Kept:
+        """Remember that there is no cache, since it would be larger than the limit by itself."""
+        self.kept[key] = Kept(step, None)
+        self.dropped += 1
+        return self.kept[key]
+
     def _cached(self) -> int:
         return sum(kept.cache.bytes for kept in self.kept.values() if kept.cache is not None)

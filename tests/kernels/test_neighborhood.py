@@ -197,9 +197,8 @@ def test_GN8_text_in_one_call_is_the_merge_of_two(backend: str, grid: TokenGrid,
     output, lse = sparse_attention(query, key, value, blocks, backend=backend)
     alone = TokenGrid(*grid.shape)
     video = block_indices([SAMPLES[0]] * 2, alone, block_q=16, block_k=16)
-    near = sparse_attention(
-        *(x[:, ~text].contiguous() for x in (query, key, value)), video, backend=backend
-    )
+    q, k, v = (x[:, ~text].contiguous() for x in (query, key, value))
+    near = sparse_attention(q, k, v, video, backend=backend)
     logits = torch.einsum("bihd,bjhd->bhij", query[:, ~text], key[:, text]) / 4
     far = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), value[:, text])
     expected = merge([near, (far, logits.logsumexp(-1))])
