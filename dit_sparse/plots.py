@@ -21,6 +21,7 @@ SHORT = {
     "skip": "S",
     "band": "B",
     "columns": "C",
+    "stripes": "V",
     "sink": "K",
     "neighborhood": "N",
     "radial": "R",

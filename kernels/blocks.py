@@ -60,7 +60,8 @@ class BlockIndices:
         order: the order that both permutations realize; `None` if each is one of its own.
         block_q, block_k: largest number of tokens in a block of queries, of keys.
         heads: number of heads.
-        permutation, key_permutation: int64 `[tokens]`; text keeps its place in both.
+        permutation, key_permutation: int64 `[tokens]`, int32 if there is no `order`, since each
+            head then has its own list; text keeps its place in both.
         query_offsets, key_offsets: int64 `[blocks + 1]`.
         row_pointer: int32 `[heads * query_blocks + 1]`.
         key_block: int32 `[entries]`.
@@ -96,10 +97,10 @@ class BlockIndices:
     def _fault(self) -> str | None:
         """What kernels would trip over: they read these tensors unchecked."""
         rows = self.heads * (len(self.query_offsets) - 1)
-        entries = len(self.key_block)
+        entries, place = len(self.key_block), torch.int32 if self.order is None else torch.int64
         for name, dtype, length in (
-            ("permutation", torch.int64, self.grid.tokens),
-            ("key_permutation", torch.int64, self.grid.tokens),
+            ("permutation", place, self.grid.tokens),
+            ("key_permutation", place, self.grid.tokens),
             ("query_offsets", torch.int64, len(self.query_offsets)),
             ("key_offsets", torch.int64, len(self.key_offsets)),
             ("row_pointer", torch.int32, rows + 1),
@@ -113,7 +114,7 @@ class BlockIndices:
                 )
         for name in ("permutation", "key_permutation"):
             tokens = getattr(self, name).sort().values
-            if not torch.equal(tokens, torch.arange(self.grid.tokens)):
+            if not torch.equal(tokens, torch.arange(self.grid.tokens, dtype=place)):
                 return f"{name} must hold every token once"
         for name, last in (
             ("query_offsets", self.grid.tokens),
@@ -143,11 +144,11 @@ class BlockIndices:
 
     def query_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of queries, int64."""
-        return self.permutation[self.query_offsets[block] : self.query_offsets[block + 1]]
+        return self.permutation[self.query_offsets[block] : self.query_offsets[block + 1]].long()
 
     def key_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of keys, int64."""
-        return self.key_permutation[self.key_offsets[block] : self.key_offsets[block + 1]]
+        return self.key_permutation[self.key_offsets[block] : self.key_offsets[block + 1]].long()
 
     def entries(self, head: int, query_block: int) -> Iterator[tuple[int, int]]:
         """The key blocks of a row with their tags."""
@@ -357,14 +358,15 @@ def _assemble(
     kept: Tensor,
     patterns: tuple[Pattern, ...] | None,
 ) -> BlockIndices:
+    place = torch.int32 if order is None else torch.int64
     return BlockIndices(
         grid=grid,
         order=order,
         block_q=largest[0],
         block_k=largest[1],
         heads=len(kept),
-        permutation=cuts[0].tokens,
-        key_permutation=cuts[1].tokens,
+        permutation=cuts[0].tokens.to(place),
+        key_permutation=cuts[1].tokens.to(place),
         query_offsets=cuts[0].offsets,
         key_offsets=cuts[1].offsets,
         row_pointer=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),

@@ -128,8 +128,9 @@ def _attend(
         parts = [(out.transpose(1, 2), sums) for out, sums in parts]
         output[:, queries], lse[:, :, queries] = merge(parts) if len(parts) > 1 else parts[0]
     if moved:
-        output = torch.empty_like(output).index_copy_(1, blocks.permutation, output)
-        lse = torch.empty_like(lse).index_copy_(2, blocks.permutation, lse)
+        place = blocks.permutation.long()
+        output = torch.empty_like(output).index_copy_(1, place, output)
+        lse = torch.empty_like(lse).index_copy_(2, place, lse)
     return output, lse
 
 

@@ -155,8 +155,8 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     masks = prepared.masks
     lists = (
         lse,
-        blocks.permutation,
-        blocks.key_permutation,
+        blocks.permutation.long(),
+        blocks.key_permutation.long(),
         blocks.query_offsets,
         blocks.key_offsets,
         blocks.row_pointer,
@@ -181,7 +181,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         -math.inf if call.pv_skip is None else call.pv_skip,
         _parallel(),
     )
-    return asked, (operands, prepared)
+    return asked, (operands, lists, prepared)
 
 
 def _slots(blocks: BlockIndices, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from dit_sparse.kernels.neighborhood import Neighborhood
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.radial import Radial
 from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.stripes import Stripes
 from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.kernels.windows import Windows, everything
 
@@ -35,6 +36,7 @@ __all__ = [
     "Scored",
     "Sink",
     "Skip",
+    "Stripes",
     "Triple",
     "pattern_from_dict",
     "pattern_to_dict",
@@ -125,7 +127,7 @@ class AnyOf(Definition):
         return " + ".join(map(str, self.patterns))
 
 
-Option = Skip | Band | Columns | Neighborhood | Radial | AnyOf
+Option = Skip | Band | Columns | Stripes | Neighborhood | Radial | AnyOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,9 @@ class Choice(Definition):
         return f"choice of {' or '.join(map(str, self.patterns))} by {self.metric}{rule}"
 
 
-Pattern = Full | Skip | Band | Columns | Sink | Neighborhood | Radial | AnyOf | Choice | Scored
+Pattern = (
+    Full | Skip | Band | Columns | Stripes | Sink | Neighborhood | Radial | AnyOf | Choice | Scored
+)
 OnlinePattern = Choice | Scored
 """Patterns whose blocks are known only while denoising."""
 

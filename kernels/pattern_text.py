@@ -17,6 +17,7 @@ from dit_sparse.kernels.neighborhood import Flags
 from dit_sparse.kernels.pattern import MEMBERS, PATTERNS, Pattern, pattern_from_dict
 from dit_sparse.kernels.values import fields_of, in_words
 
+_FOUND = ("scored", "choice", "stripes")
 _EXAMPLES = {Triple: " as 3x5x5", Flags: " as 1x0x0", tuple[int, ...]: " as 0x3x4"}
 
 
@@ -41,14 +42,14 @@ def pattern_from_text(text: str) -> Pattern:
 
 def _one(text: str) -> dict[str, Any]:
     kind, _, rest = text.partition(":")
-    if kind in ("scored", "choice"):
+    if kind in _FOUND:
         raise ValueError(
             f"{text!r} is a {kind} pattern, which is given as JSON: "
             '{"kind": "scored", "score": {"kind": "mass"}, "select": {"kind": "tiers", '
             '"density": 0.2}}'
         )
     if kind not in PATTERNS or kind == "any_of":
-        plain = ", ".join(name for name in PATTERNS if name not in ("any_of", "scored", "choice"))
+        plain = ", ".join(name for name in PATTERNS if name not in ("any_of", *_FOUND))
         raise ValueError(
             f"{text!r} names no pattern; write one of {plain}, its fields after a colon, and + "
             f"between {', '.join(MEMBERS)}: neighborhood:window=3x5x5,stride=1x2x2"

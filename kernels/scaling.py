@@ -15,6 +15,7 @@ from dit_sparse.kernels.pattern import (
     Pattern,
     Radial,
     Skip,
+    Stripes,
 )
 from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
@@ -74,6 +75,8 @@ def at_density(pattern: Pattern, density: float, grid: TokenGrid, block: int) ->
         return replace(pattern, patterns=tuple(sized))
     if density == 1:
         return Full()
+    if isinstance(pattern, Stripes):
+        return replace(pattern, density=density)
     family = _family(pattern, grid)
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):

@@ -48,12 +48,15 @@ class Cumulative:
     Attributes:
         mass: the share to reach; 1 keeps every block.
         floor, cap: least and largest share of the blocks of a row.
+        crossing: whether the block that reaches it is kept. The published code leaves it out and
+            so holds less than `mass`; the paper does not.
     """
 
     kind: ClassVar[str] = "cumulative"
     mass: float
     floor: float = 0.0
     cap: float = 1.0
+    crossing: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
@@ -65,7 +68,7 @@ class Cumulative:
 
     def __str__(self) -> str:
         limits = "" if (self.floor, self.cap) == (0, 1) else f" in {self.floor:g}..{self.cap:g}"
-        return f"cumulative {self.mass:g}{limits}"
+        return f"cumulative {self.mass:g}{limits}{'' if self.crossing else ' less the last'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ def _video_tags(select: Select, share: Tensor, first: Tensor | None) -> Tensor:
             least = max(math.ceil(select.floor * number - 1e-9), 1)
             most = max(math.floor(select.cap * number + 1e-9), 1)
             place = _places(share)
-            kept = (_before(share, select.mass) | (place < least)) & (place < most)
+            reached = _before(share, select.mass, select.crossing)
+            kept = (reached | (place < least)) & (place < most)
         case Tiers():
             place = _places(share)
             attention = share.sum((1, 2))
@@ -121,17 +122,18 @@ def _of_head(density: float, share: Tensor) -> Tensor:
     return rearrange(place < count, "h (i j) -> h i j", i=rows)
 
 
-def _before(share: Tensor, mass: float) -> Tensor:
+def _before(share: Tensor, mass: float, crossing: bool = True) -> Tensor:
     """Whether the blocks sorted before this one hold less than `mass` of the attention of the row,
-    so that the one which reaches it is in. All of it is reached by all blocks only, and rows
-    without attention keep all."""
+    so that the one which reaches it is in; without `crossing` whether they do together with this
+    one. All of it is reached by the last block only, and rows without attention keep all."""
     if mass == 1:
-        return torch.ones_like(share, dtype=torch.bool)
+        return _places(share) < share.shape[-1] - (not crossing)
     order = torch.sort(share, dim=-1, descending=True, stable=True).indices
     ordered = share.double().gather(-1, order)
     total = ordered.sum(-1, keepdim=True)
     # Shares are float32: what is short of the mass by their rounding has reached it.
-    short = ordered.cumsum(-1) - ordered < (mass - 1e-7) * total
+    held = ordered.cumsum(-1) - (ordered if crossing else 0)
+    short = held < (mass - 1e-7) * total
     return torch.zeros_like(short).scatter(-1, order, short | (total == 0))
 
 

@@ -8,14 +8,14 @@ oracle, which may know dense attention and not show it.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import Density
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.recall import block_recall
-from dit_sparse.kernels.remainder import Pair, cache_of
+from dit_sparse.kernels.remainder import Pair, cache_bytes, cache_of
 from dit_sparse.pipelines.heads import HeadGroup
 from dit_sparse.pipelines.memory import Found, Kept, Memory
 from dit_sparse.pipelines.parts import Lists, Operands, Part, attend
@@ -98,6 +98,8 @@ class GroupAttention:
             ValueError: a pattern refuses the grid.
         """
         last, kept = self.memory.found.get(self._owner(place)), self.memory.kept.get(place.key)
+        if kept is None and group.remainder.cached and not self._fits(group, operands):
+            kept = self.memory.leave(place.key, place.step)
         search = group.found and self._search_due(last, operands, place)
         renew = group.remainder.cached and self._cache_due(kept, last, search, place)
         dense = None
@@ -107,7 +109,9 @@ class GroupAttention:
         if search:
             flops += group.search_cost(grid, self._lists.block, again=last is not None)
             last = self._search(group, operands, grid, place.step, last, dense)
-            self.memory.find(self._owner(place), last)
+            # Lists are long where every head has its own: none waits for the next to be made.
+            kept_parts = () if self._schedule.renews_always else last.parts
+            self.memory.find(self._owner(place), replace(last, parts=kept_parts))
         parts = self._lists.analytic(group, grid) if last is None else last.parts
         if dense is not None and not renew and not group.oracle:
             return Computed(dense[0], DENSE, flops, dense=True)
@@ -130,13 +134,21 @@ class GroupAttention:
         return branch, place.layer, place.group
 
     def _search_due(self, last: Found | None, operands: Operands, place: Place) -> bool:
-        if last is None or self._schedule.renews(place.step, last.step, place.number):
+        if last is None or not last.parts:
+            return True
+        if self._schedule.renews(place.step, last.step, place.number):
             return True
         if last.recall is None or self._schedule.recall is None or place.step == last.step:
             return False
         with self.stopwatch.stretch("search", operands.query.device):
             recall = self._recall(operands, last.parts)
         return recall < self._schedule.recall * last.recall
+
+    def _fits(self, group: HeadGroup, operands: Operands) -> bool:
+        """Whether there is room for the cache of the group by itself: a dense pass for one that
+        is larger than the limit would be for nothing."""
+        size = cache_bytes(group.remainder, *operands.query.shape)
+        return self._cache_limit is None or size <= self._cache_limit
 
     def _cache_due(
         self, kept: Kept | None, last: Found | None, search: bool, place: Place

@@ -20,7 +20,7 @@ class Found:
 
     Args:
         step (`int`): the denoising step.
-        parts (`tuple[Part, ...]`): the lists.
+        parts (`tuple[Part, ...]`): the lists; none if they will not be used again.
         lse (`Tensor`, *optional*): of dense attention, for the next search.
         recall (`float`, *optional*): share of attention that the list held when it was found.
         centroids (`Centroids`, *optional*): of its clusters, for the next search.
@@ -93,6 +93,12 @@ class Memory:
             self.kept[least] = Kept(self.kept[least].step, None)
             self.dropped += 1
         self.peak = max(self.peak, self.bytes)
+
+    def leave(self, key: Hashable, step: int) -> Kept:
+        """Remember that there is no cache, since it would be larger than the limit by itself."""
+        self.kept[key] = Kept(step, None)
+        self.dropped += 1
+        return self.kept[key]
 
     def _cached(self) -> int:
         return sum(kept.cache.bytes for kept in self.kept.values() if kept.cache is not None)

@@ -18,7 +18,7 @@ from dit_sparse.kernels.blocks import BlockIndices, Density, block_indices
 from dit_sparse.kernels.choosing import chosen_patterns
 from dit_sparse.kernels.clustered_blocks import Centroids, clustered_blocks
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Choice, Full, Pattern
+from dit_sparse.kernels.pattern import Choice, Columns, Full, Pattern
 from dit_sparse.kernels.remainder import Pair
 from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
@@ -156,7 +156,13 @@ class Lists:
         groups = head_groups(patterns, (group.remainder,) * len(patterns))
         if not groups:
             return self.full(len(patterns), grid)
-        return tuple(self._part(g.heads, g.patterns, g.pooled, grid) for g in groups)
+        parts = []
+        for g in groups:
+            # Columns that a head picked for itself serve no other, so that keeping lists is waste.
+            own = any(isinstance(pattern, Columns) for pattern in g.patterns)
+            listed = self._block_indices if own else self._listed
+            parts.append(Part(g.heads, *listed(g.patterns, g.pooled, grid)))
+        return tuple(parts)
 
     def _part(
         self, heads: tuple[int, ...], patterns: tuple[Pattern, ...], pooled: int, grid: TokenGrid

@@ -17,6 +17,7 @@ from dit_sparse.kernels.pattern import (
     Radial,
     Sink,
     Skip,
+    Stripes,
 )
 from dit_sparse.kernels.remainder import Complement, Drop, Pooled, Remainder, Rescale
 from dit_sparse.kernels.scaling import at_density, at_grid
@@ -93,7 +94,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "sparse-vdit": Preset(
         "arXiv 2506.03065: lambda 0.5, epsilon 1; every head chooses at its first "
-        "sparse step; without stripes, whose rule is not published",
+        "sparse step; widths and the rule of stripes, which are not published, are ours",
         HUNYUAN,
         50,
         Choice(
@@ -101,6 +102,7 @@ PRESETS: dict[str, Preset] = {
                 Skip(),
                 Band.of_density(0.25, HUNYUAN),
                 Band.of_density(0.25, HUNYUAN, "pixel_major"),
+                Stripes(0.25),
             ),
             metric="sum_d",
             price=0.5,
@@ -167,10 +169,18 @@ PRESETS: dict[str, Preset] = {
         Schedule(dense_first=15, renew_every=1),
     ),
     "asa": Preset(
-        "arXiv 2508.10774, the authors' code for Wan 2.1 1.3B, untrained",
+        "arXiv 2508.10774, the constants of the authors' code for Wan 2.1 1.3B, untrained",
         WAN,
         50,
         Scored(Sampled(32), Cumulative(0.95, 0.05, 0.17), "gilbert"),
+        EVERY_STEP,
+    ),
+    "asa-repo": Preset(
+        "arXiv 2508.10774, the authors' code for Wan 2.1 1.3B, untrained: a row stops before the "
+        "block that reaches its mass",
+        WAN,
+        50,
+        Scored(Sampled(32), Cumulative(0.95, 0.05, 0.17, crossing=False), "gilbert"),
         EVERY_STEP,
     ),
     "asa-g": Preset(

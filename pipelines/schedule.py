@@ -99,6 +99,11 @@ class Schedule:
         """Whether anything is renewed after the first time."""
         return self.renew_every > 0 or bool(self.renew_at) or self.recall is not None
 
+    @property
+    def renews_always(self) -> bool:
+        """Whether every step of every branch finds its own blocks, so that none are used again."""
+        return self.renew_every == 1 and not self.share_branches
+
     def dense(self, step: int, steps: int, sigma: float | None = None) -> bool:
         """Whether denoising step `step` of `steps`, at noise level `sigma`, runs dense."""
         if self.sigma_above is not None and sigma is None:

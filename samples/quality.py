@@ -8,6 +8,7 @@
     python samples/quality.py rank        # predicted errors of random plans beside their PSNR
     python samples/quality.py promises    # budgets of a PSNR and a speed-up, on unseen prompts
     python samples/quality.py transfer    # a plan at other sizes and numbers of steps
+    python samples/quality.py shares      # samples/quality/shares: searches beside attention
 
 One search serves all densities. A uniform plan runs one pattern on every head; of all candidates
 of the search within the density, the one of least total error is taken.
@@ -21,7 +22,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,6 +31,7 @@ import search_study
 from quality_tables import caches_table, presets_table, rank_note, table
 
 import cache_study
+import share_study
 from dit_sparse.comparison import Comparison, compare, write_comparison
 from dit_sparse.environment import environment
 from dit_sparse.generate import sample
@@ -78,9 +80,12 @@ def main() -> None:
         "rank": rank,
         "promises": promises,
         "transfer": transfer,
+        "shares": lambda: shares(given.steps),
     }
     parser.add_argument("what", choices=works)
-    works[parser.parse_args().what]()
+    parser.add_argument("--steps", type=int, default=20, help="of the generations of shares")
+    given = parser.parse_args()
+    works[given.what]()
 
 
 def search() -> None:
@@ -236,6 +241,22 @@ def caches() -> None:
     session = open_session(MODEL)
     plans = cache_study.plans(session.pipe, session.settings)
     _compare(session, plans, CACHE_PROMPTS, RESULTS / "caches", caches_table)
+
+
+def shares(steps: int) -> None:
+    """What searches and remainders take beside the sparse attention, with the bars."""
+    session = open_session(MODEL, steps=steps)
+    prompt, folder = read_prompts(SAMPLES / "prompts" / "held-out.txt")[0], RESULTS / "shares"
+    measured = list(share_study.measure(session, prompt))
+    made = environment()
+    result = {
+        "settings": asdict(replace(session.settings, backend=share_study.BACKEND)),
+        "prompt": asdict(prompt),
+        "shares": [asdict(share) for share in measured],
+        "environment": made,
+    }
+    _write(folder / "shares.json", result)
+    (folder / "table.md").write_text(share_study.table(measured, steps, made))
 
 
 def _compare(

@@ -33,9 +33,10 @@ SHARES = (0.3, 0.2, 0.1)
 """Attention FLOPs of a whole generation, of dense, at which plans are compared."""
 
 RANDOM_PLANS = 50
-LEFT_OUT = ("sparse-vdit", "svg2", "oracle", "mass-each-step", "sparsed", "asa-g")
+LEFT_OUT = ("sparse-vdit", "svg2", "oracle", "mass-each-step", "sparsed", "asa-repo", "asa-g")
 """No density can be asked of the first, and the second finds its own; the next two are no methods;
-SparseD differs from AdaSpa at its own schedule alone, ASA-G cannot compute so little."""
+SparseD differs from AdaSpa at its own schedule alone, the code of ASA from its paper at its own
+density; ASA-G cannot compute so little."""
 
 
 def rivals(pipe: Any, searched: Plan, settings: Settings) -> dict[str, Plan]:

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import pixel_major
@@ -68,3 +69,23 @@ def test_SV2_a_band_of_all_frames_contains_the_same_pixel_in_all_of_them():
     mask = Band(grid.frames - 1, "pixel_major").mask(grid)
     pixel = torch.arange(grid.video) % (grid.height * grid.width)
     assert mask[pixel[:, None] == pixel[None, :]].all()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_SG3_permuted_attended_to_and_put_back_is_the_mask_in_raster_order(
+    grid: TokenGrid, backend: str, operands, masked_attention
+):
+    query, key, value = operands(grid.tokens, 2, 16)
+    band = Band(7, "pixel_major")
+    expected, true_lse = masked_attention(query, key, value, band.mask(grid))
+    place = pixel_major().permutation(grid)
+    diagonal = block_indices([Band(7)] * 2, grid, block_q=16, block_k=16)
+    q, k, v = (x[:, place].contiguous() for x in (query, key, value))
+    permuted = sparse_attention(q, k, v, diagonal, backend=backend)
+    back = place.argsort()
+    blocks = block_indices([band] * 2, grid, block_q=16, block_k=16)
+    came = sparse_attention(query, key, value, blocks, backend=backend)
+    for output, lse in ((permuted[0][:, back], permuted[1][:, :, back]), came):
+        torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), true_lse, atol=1e-5, rtol=1e-5)

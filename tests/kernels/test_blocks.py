@@ -1,5 +1,5 @@
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -8,14 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.kernels.blocks import (
+    ABSENT,
     PARTIAL,
     WHOLE,
     BlockIndices,
     Density,
     block_indices,
     from_block_mask,
+    from_cuts,
     from_tags,
 )
+from dit_sparse.kernels.counts import Cut
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, pixel_major, raster, tile
 from dit_sparse.kernels.pattern import (
@@ -207,6 +210,22 @@ def test_valid_text_leaves_the_blocks_alone():
 def test_wrong_requests_are_named(build, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+def test_a_list_in_an_order_of_its_own_takes_eight_bytes_a_token_and_five_an_entry():
+    """Every head of every layer has one if it is scored by clusters."""
+    grid, generator = TokenGrid(4, 10, 10), torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, 5, 80, 200, 399, 400])
+    sides = [Cut(torch.randperm(400, generator=generator), offsets) for _ in range(2)]
+    tags = torch.where(torch.rand(1, 5, 5, generator=generator) < 0.5, WHOLE, ABSENT)
+    blocks = from_cuts(tags.to(torch.int8), grid, (sides[0], sides[1]), (200, 200))
+    tensors = [getattr(blocks, field.name) for field in fields(blocks)]
+    held = sum(x.untyped_storage().nbytes() for x in tensors if torch.is_tensor(x))
+    edges = 8 * 6 + 8 * 6 + 4 * 6 + 8
+    assert held == 8 * grid.tokens + 5 * len(blocks.key_block) + edges
+    for tokens, side in ((blocks.query_tokens, sides[0]), (blocks.key_tokens, sides[1])):
+        pieces = [tokens(index) for index in range(5)]
+        assert torch.equal(torch.cat(pieces), side.tokens)
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,8 @@ def test_S23_blocks_are_runs_of_one_cluster_and_hold_every_token_once(
                 # Padding is told by place: text before and after stays where it is.
                 assert video[piece].all() or torch.equal(piece, piece.sort().values)
         assert blocks.order is None
-        assert torch.equal(blocks.permutation[~video], torch.arange(grid.tokens)[~video])
-        assert torch.equal(blocks.key_permutation[~video], torch.arange(grid.tokens)[~video])
+        for place in (blocks.permutation, blocks.key_permutation):
+            assert torch.equal(place[~video].long(), torch.arange(grid.tokens)[~video])
 
 
 @every_grid

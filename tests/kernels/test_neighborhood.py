@@ -3,7 +3,10 @@ import itertools
 import pytest
 import torch
 
+from dit_sparse.kernels.attention import sparse_attention
+from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.merge import merge
 from dit_sparse.kernels.pattern import Neighborhood
 
 SAMPLES = [
@@ -181,3 +184,24 @@ def test_a_window_larger_than_the_grid_is_cut_to_it():
     assert torch.equal(wide.mask(grid), cut.mask(grid))
     dilated = Neighborhood((1, 1, 9), dilation=(1, 1, 2)).mask(TokenGrid(1, 1, 7))
     assert torch.equal(dilated, on_one_axis(3, dilation=2).mask(TokenGrid(1, 1, 7)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("grid", GRIDS[1:], ids=str)
+def test_GN8_text_in_one_call_is_the_merge_of_two(backend: str, grid: TokenGrid, operands):
+    """NATTEN attends to text in a dense call of its own and merges by the LSE."""
+    query, key, value = operands(grid.tokens, 2, 16)
+    text = torch.ones(grid.tokens, dtype=torch.bool)
+    text[grid.text_before : grid.text_before + grid.video] = False
+    blocks = block_indices([SAMPLES[0]] * 2, grid, block_q=16, block_k=16)
+    output, lse = sparse_attention(query, key, value, blocks, backend=backend)
+    alone = TokenGrid(*grid.shape)
+    video = block_indices([SAMPLES[0]] * 2, alone, block_q=16, block_k=16)
+    q, k, v = (x[:, ~text].contiguous() for x in (query, key, value))
+    near = sparse_attention(q, k, v, video, backend=backend)
+    logits = torch.einsum("bihd,bjhd->bhij", query[:, ~text], key[:, text]) / 4
+    far = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), value[:, text])
+    expected = merge([near, (far, logits.logsumexp(-1))])
+    torch.testing.assert_close(output[:, ~text], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[:, :, ~text], expected[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(output[:, ~text], near[0], atol=1e-2)

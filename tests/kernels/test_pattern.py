@@ -134,8 +134,8 @@ def test_a_pattern_survives_json(pattern: Pattern):
 
 def test_every_kind_is_known():
     assert list(PATTERNS) == [
-        "full", "skip", "band", "columns", "sink", "neighborhood", "radial", "any_of", "choice",
-        "scored",
+        "full", "skip", "band", "columns", "stripes", "sink", "neighborhood", "radial", "any_of",
+        "choice", "scored",
     ]  # fmt: skip
 
 

@@ -67,6 +67,7 @@ def test_a_pattern_is_read_from_a_line_and_from_json(text: str, expected: Patter
         ),
         ("radial:decay=x", "decay of pattern 'radial' must be a number, got 'x'"),
         ("band:half_width=3 + full", "patterns of pattern 'any_of' must be a list of patterns"),
+        ("stripes:density=0.25", "is a stripes pattern, which is given as JSON"),
         ('{"kind": "band"', "is no JSON"),
         ('{"kind": "band", "half_width": "3"}', "half_width of pattern 'band' must be an integer"),
     ],

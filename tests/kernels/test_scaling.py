@@ -2,7 +2,18 @@ import pytest
 
 from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Pattern, Radial, Sink, Skip
+from dit_sparse.kernels.pattern import (
+    AnyOf,
+    Band,
+    Choice,
+    Full,
+    Neighborhood,
+    Pattern,
+    Radial,
+    Sink,
+    Skip,
+    Stripes,
+)
 from dit_sparse.kernels.scaling import at_density, at_grid
 from dit_sparse.kernels.score import Clustered, Mass
 from dit_sparse.kernels.scored import Scored
@@ -107,6 +118,12 @@ def test_a_band_of_the_nearest_width_is_found_among_all() -> None:
 def test_scored_patterns_get_a_share_of_the_blocks(select: Select, expected: Select) -> None:
     pattern = Scored(Mass(), select, "gilbert", 1)
     assert at_density(pattern, 0.35, GRID, BLOCK) == Scored(Mass(), expected, "gilbert", 1)
+
+
+def test_stripes_keep_their_share_of_the_blocks_or_get_another() -> None:
+    choice = Choice((Skip(), Stripes(0.25)))
+    assert at_grid(choice, SOURCE, GRID) == choice
+    assert at_density(choice, 0.4, GRID, BLOCK) == Choice((Skip(), Stripes(0.4)))
 
 
 def test_what_has_no_size_is_refused() -> None:

@@ -24,6 +24,7 @@ PATTERNS = [
     Scored(Sampled(), Bands((0.4, 0.5, 0.6, 0.8), "mass", 0.06), "pixel_major"),
     Scored(Means(0.1), TopRow(0.4)),
     Scored(Means(), TopHead(0.5), pv_skip=-4.5),
+    Scored(Sampled(), Cumulative(0.9, 0.1, 0.3, crossing=False)),
 ]
 CLUSTERED = Scored(Clustered(30, 100), Cumulative(0.9, 0.1))
 GRIDS = [
@@ -216,6 +217,7 @@ def test_it_prints_what_it_is():
         "scored sampled 32, bands 0.4/0.5/0.6/0.8 by mass from 0.06, pixel_major",
         "scored means alike above 0.1, top 0.4 of rows, raster",
         "scored means alike above 0.6, top 0.5 of heads, raster, pv_skip -4.5",
+        "scored sampled 32, cumulative 0.9 in 0.1..0.3 less the last, raster",
     ]
     assert str(CLUSTERED) == "scored 30 x 100 clusters, cumulative 0.9 in 0.1..1"
 

@@ -31,6 +31,7 @@ SELECTS: list[Select] = [
     TopHead(0.3),
     Cumulative(0.5),
     Cumulative(0.9, 0.1, 0.4),
+    Cumulative(0.9, 0.1, 0.8, crossing=False),
     Bands((0.1, 0.15, 0.15, 0.35), "rank"),
     Bands((0.4, 0.5, 0.6, 0.8), "mass", 0.06),
     Tiers(0.4, 0.5),
@@ -163,20 +164,21 @@ def test_top_head_keeps_the_largest_of_the_head_and_the_best_of_every_row(densit
 
 @pytest.mark.parametrize("mass", [0.05, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize(("floor", "cap"), [(0.0, 1.0), (0.05, 0.17), (0.5, 0.5), (0.0, 0.01)])
+@pytest.mark.parametrize("crossing", [True, False], ids=["paper", "repo"])
 def test_AS1_the_fewest_blocks_that_reach_the_mass_within_limits(
-    mass: float, floor: float, cap: float
+    mass: float, floor: float, cap: float, crossing: bool
 ):
     """The one that reaches it included; the published code leaves it out."""
     blocks = line(29)
     share = ranked(blocks).share
-    kept = select_blocks(Cumulative(mass, floor, cap), Ranking(share), blocks) == WHOLE
+    kept = select_blocks(Cumulative(mass, floor, cap, crossing), Ranking(share), blocks) == WHOLE
     least, most = max(1, math.ceil(floor * 29)), max(1, math.floor(cap * 29))
     for head in range(3):
         for row in range(29):
             ordered = share[head, row].double().sort(descending=True)
             sums = ordered.values.cumsum(0) / ordered.values.sum()
             fewest = 29 if mass == 1 else next(n for n in range(1, 30) if sums[n - 1] >= mass)
-            count = min(max(fewest, least), most)
+            count = min(max(fewest - (not crossing), least), most)
             assert set(kept[head, row].nonzero()[:, 0].tolist()) == set(
                 ordered.indices[:count].tolist()
             )
@@ -188,6 +190,10 @@ def test_AS1_a_mass_that_is_reached_exactly_needs_no_more_blocks():
     assert kept[0, 0].tolist() == [False, True, False, True]
     kept = select_blocks(Cumulative(0.71), Ranking(share), line(4)) == WHOLE
     assert kept[0, 0].tolist() == [False, True, True, True]
+    for mass, expected in ((0.7, [1]), (0.71, [1, 3]), (0.4, [1]), (1.0, [1, 2, 3])):
+        repo = Cumulative(mass, crossing=False)
+        kept = select_blocks(repo, Ranking(share), line(4)) == WHOLE
+        assert kept[0, 0].nonzero()[:, 0].tolist() == expected
 
 
 def test_G8_SP1_all_of_the_mass_is_all_blocks_and_more_is_more():
@@ -207,8 +213,10 @@ def test_G8_SP1_all_of_the_mass_is_all_blocks_and_more_is_more():
 def test_rows_without_attention_keep_all_within_the_cap():
     share = torch.zeros(1, 10, 10)
     assert (select_blocks(Cumulative(0.5), Ranking(share), line(10)) == WHOLE).all()
-    kept = select_blocks(Cumulative(0.5, 0.0, 0.3), Ranking(share), line(10)) == WHOLE
-    assert (kept.sum(-1) == 3).all()
+    for crossing in (True, False):
+        capped = Cumulative(0.5, 0.0, 0.3, crossing)
+        kept = select_blocks(capped, Ranking(share), line(10)) == WHOLE
+        assert (kept.sum(-1) == 3).all()
 
 
 @pytest.mark.parametrize(

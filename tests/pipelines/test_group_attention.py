@@ -12,7 +12,7 @@ from dit_sparse.kernels.blocks import BlockIndices, block_indices
 from dit_sparse.kernels.choosing import chosen_patterns
 from dit_sparse.kernels.clustered_blocks import Centroids, cluster_cost, clustered_blocks
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Band, Choice, Full, Pattern, Skip
+from dit_sparse.kernels.pattern import Band, Choice, Columns, Full, Pattern, Skip, Stripes
 from dit_sparse.kernels.remainder import (
     Complement,
     Drop,
@@ -223,9 +223,18 @@ def test_clusters_that_are_found_once_leave_nothing_to_go_on_from() -> None:
     assert compute.memory.found["cond", "a", 0] is found
 
 
+def test_a_second_call_at_a_step_that_kept_no_list_searches_again() -> None:
+    run, _ = runner(SAMPLED, Drop(), Schedule(renew_every=1))
+    run(0)
+    of = operands(4)
+    came = run(0, of=of)
+    assert_same(came.output, attend(of, searched(SAMPLED, of, None))[0])
+    assert came.flops > came.density.weighted
+
+
 def test_SG_heads_that_choose_differently_run_what_they_chose() -> None:
     choice = Choice((Band(9), Band(5, "pixel_major"), Skip()), samples=GRID.tokens)
-    run, compute = runner(choice, Drop(), Schedule(renew_every=1))
+    run, compute = runner(choice, Drop(), Schedule())
     of = operands(0)
     # One head sees the next tokens, the other the same place of the other frame.
     codes = torch.randn(35, 16, generator=torch.Generator().manual_seed(3))
@@ -243,6 +252,20 @@ def test_SG_heads_that_choose_differently_run_what_they_chose() -> None:
         assert_same(came.output[:, :, [head]], attend(one, blocks)[0])
     weights = [part.blocks.density().weighted for part in parts]
     assert came.flops == pytest.approx(sum(weights) / 2 + 2.5)
+
+
+def test_SV3_stripes_are_run_where_each_head_has_them_and_serve_no_other() -> None:
+    run, compute = runner(Choice((Skip(), Stripes(0.3))), Drop(), Schedule())
+    of = operands(0)
+    of.query[:] = 1
+    for head, block in enumerate((4, 7)):
+        of.key[:, block * BLOCK : (block + 1) * BLOCK, head] = 5
+    came = run(0, of=of)
+    (part,) = compute.memory.found["cond", "a", 0].parts
+    columns = [c for c in part.blocks.patterns or () if isinstance(c, Columns)]
+    assert [(4 in c.blocks, 7 in c.blocks) for c in columns] == [(True, False), (False, True)]
+    assert_same(came.output, attend(of, block_indices(columns, GRID, None, BLOCK, BLOCK))[0])
+    assert compute._lists._listed.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize("pattern", [Band(9), Skip(), MASS, CHOICE], ids=str)

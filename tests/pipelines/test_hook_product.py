@@ -159,6 +159,27 @@ def test_a_limit_holds_and_is_reported() -> None:
 
 
 @pytest.mark.parametrize("pattern", [Band(3), MASS], ids=str)
+def test_a_cache_larger_than_the_limit_costs_no_dense_pass(pattern: Pattern) -> None:
+    pipe, grid, schedule = tiny.wan(), TokenGrid(3, 4, 4), Schedule(1, renew_every=2)
+    each = plan_of(pipe, Band(3), Complement(), schedule).cache_bytes(grid) // 2
+    dropping = plan_of(pipe, pattern, Drop(), schedule)
+    with enable_sparse_attention(pipe, dropping) as hook:
+        expected = tiny.generate(pipe, num_inference_steps=5)
+        plain = hook.report()
+    for limit, dropped in ((each - 1, 4), (each, 3)):
+        plan = plan_of(pipe, pattern, Complement(), schedule, cache_limit=limit)
+        with enable_sparse_attention(pipe, plan) as hook:
+            output = tiny.generate(pipe, num_inference_steps=5)
+            report = hook.report()
+        assert report.dropped_caches == dropped
+        assert torch.equal(output, expected) == (limit < each)
+        # With room for one, all run dense for once, since which loses most is not known before.
+        more = report.dense_calls.get("renewal", 0) - plain.dense_calls.get("renewal", 0)
+        first = 0 if pattern is MASS else 4
+        assert more == (0 if limit < each else first + 1)
+
+
+@pytest.mark.parametrize("pattern", [Band(3), MASS], ids=str)
 def test_only_the_layers_and_heads_that_keep_caches_run_dense_for_them(pattern: Pattern) -> None:
     pipe, grid, steps = tiny.wan(layers=3), TokenGrid(3, 4, 4), 6
     plan = plan_of(pipe, pattern, Drop(), Schedule(1, renew_every=2))

@@ -1,13 +1,24 @@
-"""Which caches are left under a limit, in whatever order they come."""
+"""Which caches are left under a limit, in whatever order they come; which lists of blocks are."""
 
 import random
+from dataclasses import fields
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.kernels.remainder import Cache, Complement
+from dit_sparse.kernels.score import Clustered, Mass, Sampled
+from dit_sparse.kernels.scored import Scored
+from dit_sparse.kernels.select import Cumulative, TopRow
+from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.memory import Kept, Memory
+from dit_sparse.pipelines.plan import Plan
+from dit_sparse.pipelines.schedule import Schedule
+from tests import tiny
+
+CLUSTERED = Scored(Clustered(4, 8, first=3, again=1), Cumulative(0.6))
 
 
 def cache(loss: float, size: int) -> Cache:
@@ -66,3 +77,39 @@ def test_of_caches_of_several_sizes_none_that_loses_more_makes_room(
         if held > limit:
             break
         assert key in present
+
+
+def listed_bytes(memory: Memory) -> tuple[int, int]:
+    """How many lists are kept, and the bytes of their tensors, each counted once."""
+    lists = [part.blocks for found in memory.found.values() for part in found.parts]
+    held = [getattr(blocks, field.name) for blocks in lists for field in fields(blocks)]
+    storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in held if torch.is_tensor(x)}
+    return len(lists), sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [CLUSTERED, Scored(Sampled(4), TopRow(0.5)), Scored(Mass(), TopRow(0.5))],
+    ids=["clusters", "sampled", "mass"],
+)
+def test_lists_are_kept_only_where_a_later_step_uses_them(pattern: Scored) -> None:
+    pipe, clusters = tiny.wan(), pattern is CLUSTERED
+    for schedule, branches in (
+        (Schedule(renew_every=1), 0),
+        (Schedule(renew_every=2), 2),
+        (Schedule(renew_every=1, share_branches=True), 1),
+    ):
+        plan = Plan.uniform(pipe, pattern, schedule, block=16)
+        with enable_sparse_attention(pipe, plan) as hook:
+            tiny.generate(pipe)
+            memory = hook._attention.memory
+            number, held = listed_bytes(memory)
+            # Two layers of two heads: a list for each head, or one for both.
+            assert number == branches * 2 * (2 if clusters else 1)
+            # 48 tokens; queries and keys in int32.
+            assert held >= number * 48 * 4 * 2
+            assert (held == 0) == (number == 0)
+            found = list(memory.found.values())
+            assert len(found) == 2 * (1 if schedule.share_branches else 2)
+            assert all((each.centroids is not None) == clusters for each in found)
+            assert all((each.lse is not None) == (pattern.score == Mass()) for each in found)

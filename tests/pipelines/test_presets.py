@@ -5,14 +5,14 @@ import torch
 
 from dit_sparse.kernels.blocks import block_indices
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Full, Neighborhood
+from dit_sparse.kernels.pattern import Band, Choice, Full, Neighborhood, Skip, Stripes
 from dit_sparse.kernels.remainder import Drop, Pooled, Rescale
 from dit_sparse.kernels.score import Clustered
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import Cumulative
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
-from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
+from dit_sparse.pipelines.presets import COMBINATIONS, EVERY_STEP, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 from tests import tiny
 
@@ -66,6 +66,26 @@ def test_svg2_has_the_clusters_of_the_authors_script_and_keeps_their_sizes() -> 
     fitted = preset.fitted(TokenGrid(*tokens), 20, None).pattern
     assert isinstance(fitted, Scored)
     assert fitted.score == Clustered(15, 51)
+
+
+def test_the_code_of_asa_differs_from_its_paper_in_the_last_block_alone() -> None:
+    paper, code = PRESETS["asa"].pattern, PRESETS["asa-repo"].pattern
+    assert isinstance(paper, Scored)
+    assert isinstance(code, Scored)
+    assert code == replace(paper, select=Cumulative(0.95, 0.05, 0.17, crossing=False))
+    assert (PRESETS["asa-repo"].schedule, PRESETS["asa-repo"].block) == (EVERY_STEP, 128)
+
+
+def test_sparse_vdit_has_the_modes_of_its_paper() -> None:
+    pattern = PRESETS["sparse-vdit"].pattern
+    assert isinstance(pattern, Choice)
+    skip, diagonal, multi_diagonal, stripe = pattern.patterns
+    assert (skip, stripe) == (Skip(), Stripes(0.25))
+    assert isinstance(diagonal, Band)
+    assert isinstance(multi_diagonal, Band)
+    assert (diagonal.axis_order, multi_diagonal.axis_order) == ("raster", "pixel_major")
+    # The fifth: full, above the limit.
+    assert (pattern.price, pattern.limit) == (0.5, 1.0)
 
 
 def test_svg2_runs_with_several_clusters_and_batched_guidance() -> None:
