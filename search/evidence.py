@@ -345,5 +345,5 @@ class Evidence:
 
 
 def _schedule(data: dict[str, Any]) -> Schedule:
-    tuples = {name: tuple(data.get(name, ())) for name in ("renew_at", "phases")}
+    tuples: dict[str, Any] = {name: tuple(data.get(name, ())) for name in ("renew_at", "phases")}
     return Schedule(**data | tuples)

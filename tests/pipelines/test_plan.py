@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
-from dit_sparse.kernels.remainder import Complement, Drop
+from dit_sparse.kernels.remainder import Complement, Drop, Remainder
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
 from dit_sparse.pipelines.phase import Phase
@@ -78,7 +78,9 @@ def test_G12_a_loaded_plan_is_the_saved_one(plan: Plan, saved: Path) -> None:
 def phased(plan: Plan) -> Plan:
     """Other patterns from a third of the steps on, some with remainders."""
     turned = dict(zip(plan.assignment, list(plan.assignment.values())[::-1], strict=True))
-    remainders = {"transformer.blocks.1.attn1": (Complement(),) * 5}
+    remainders: dict[str, tuple[Remainder, ...]] = {
+        "transformer.blocks.1.attn1": (Complement(),) * 5
+    }
     return dataclasses.replace(
         plan, later=(Phase(turned, remainders),), schedule=Schedule(2, 1, phases=(0.35,))
     )
