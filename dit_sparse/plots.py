@@ -157,8 +157,8 @@ def _show_curve(axes: Axes, choices: Choices) -> None:
     axes.annotate(
         f"this plan: {error:.3g} at {cost:.3g}",
         (cost, error),
-        xytext=(10, 10) if cost < 0.5 else (-10, 10),
-        ha="left" if cost < 0.5 else "right",
+        xytext=(10, 10) if cost < 0.4 else (-10, 10),
+        ha="left" if cost < 0.4 else "right",
         textcoords="offset points",
         fontsize=8,
     )
