@@ -51,14 +51,17 @@ class TokenOrder:
         after = torch.arange(grid.text_before + grid.video, grid.tokens)
         return torch.cat([before, grid.text_before + self._video(grid), after])
 
-    def offsets(self, grid: TokenGrid, block: int) -> Tensor:
+    def offsets(self, grid: TokenGrid, block: int, held: Tensor | None = None) -> Tensor:
         """First position of each block and, at the end, `tokens`; int64 `[blocks + 1]`.
 
-        Blocks hold at most `block` tokens and none is empty.
+        Blocks hold at most `block` tokens and none is empty. `held`, bool `[tokens]`, says which
+        positions there are; what is left of a stretch is cut as the stretch would be.
         """
         if block < 1:
             raise ValueError(f"a block must hold at least 1 token, got {block}")
         stretches = [grid.text_before, *self._stretches(grid), grid.text_after]
+        if held is not None:
+            stretches = [int(part.sum()) for part in held.split(stretches)]
         starts = [0]
         for length in stretches:
             starts += [starts[-1] + min(cut, length) for cut in _cuts(length, block)]

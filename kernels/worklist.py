@@ -29,7 +29,7 @@ _MASKED, _POOLED, _ROW = 1.5, 3.5, 0.3
 class Lists(NamedTuple):
     """int32. rows `[rows]`: longest first. bounds `[3 * rows + 1]`: the three lists of each row,
     in `first` (the first position of a tile of keys) and `tile`. query_first, query_count
-    `[query tiles]`. key_count `[batch or 1, key tiles]`: real keys. permutation `[tokens]`.
+    `[query tiles]`. key_count `[batch or 1, key tiles]`: real keys. permutation `[queries]`.
     word_group, interval_group `[heads]`."""
 
     rows: Tensor
@@ -48,7 +48,7 @@ class Lists(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Worklist:
-    """The tables on one device, the order in which keys are gathered, int32 `[tokens]`, and which
+    """The tables on one device, the order in which keys are gathered, int32 `[keys]`, and which
     of the lists are in use."""
 
     lists: Lists
@@ -76,7 +76,7 @@ def worklist(blocks: BlockIndices, block_q: int, block_k: int, device: torch.dev
 def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.device) -> Worklist:
     queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
     rows = blocks.heads * len(queries)
-    real = real_tokens(blocks.grid, keys)
+    real = real_tokens(blocks.grid, blocks.key_raster[blocks.key_permutation], keys)
     rules = predicates(blocks, keys, real, block_k)
     row, key_block, tag = _entries(blocks, queries)
     runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
