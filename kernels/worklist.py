@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
-from dit_sparse.kernels.order import raster
+from dit_sparse.kernels.order import ORDERS, raster
 from dit_sparse.kernels.pooled import Pooled, Runs, pooled
 from dit_sparse.kernels.predicates import Predicates, predicates
+from dit_sparse.kernels.shard import Shard
 from dit_sparse.kernels.tiling import Tiling, ragged, real_tokens, tiling
 
 # Times of a masked tile and a group of pooled keys in those of a whole tile, and of a row with
@@ -104,7 +105,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
         query_first=queries.first.int(),
         query_count=queries.count.int(),
         key_count=real.int(),
-        permutation=blocks.permutation.int(),
+        permutation=_sequence(blocks, blocks.queries, blocks.permutation, device),
         word_group=rules.word_group.clamp_min(0).int(),
         interval_group=rules.interval_group.clamp_min(0).int(),
         query_tiles=len(queries),
@@ -119,11 +120,21 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
         ),
         pooled=_moved(groups, device),
         runs=_moved(runs, device),
-        key_permutation=blocks.key_permutation.int().to(device),
+        key_permutation=_sequence(blocks, blocks.keys, blocks.key_permutation, device),
         rows=rows,
         permuted=blocks.order != raster(),
         masked=bool((section == 1).any()),
     )
+
+
+def _sequence(
+    blocks: BlockIndices, shard: Shard | None, permutation: Tensor, device: torch.device
+) -> Tensor:
+    """A permutation on the device, int32; one for all lists in the same order."""
+    if blocks.order is None:
+        return permutation.int().to(device)
+    key = blocks.order, replace(blocks.grid, valid_text=None), shard, device
+    return ORDERS.get(key, lambda: permutation.int().to(device))
 
 
 def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Tensor]:
