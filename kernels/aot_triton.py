@@ -59,8 +59,7 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
         "value_strides": _STRIDES,
         "output_strides": _STRIDES,
         **dict.fromkeys(("factor", "bound"), "fp32"),
-        "heads": _INT,
-        "tokens": _INT,
+        **dict.fromkeys(("heads", "queries", "keys"), _INT),
     }
     constants = {
         "HEAD_DIM": head_dim,
@@ -91,7 +90,7 @@ def compile_mass(target: Target, head_dim: int) -> CompiledKernel:
         **dict.fromkeys(("slots", "key_first", "key_count"), _TABLE),
         **dict.fromkeys(("query_strides", "key_strides"), _STRIDES),
         "factor": "fp32",
-        **dict.fromkeys(("heads", "tokens", "key_tiles", "count_stride"), _INT),
+        **dict.fromkeys(("heads", "queries", "keys", "key_tiles", "count_stride"), _INT),
     }
     constants = {
         "HEAD_DIM": head_dim,

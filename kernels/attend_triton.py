@@ -15,10 +15,11 @@ word `w` has the bits of the places it sees, a key's word `e` the bits of its ow
 
     kept  <=>  (~w & e) == 0             instead of two comparisons an axis and pair
 
-Operands: query, output `[batch, tokens, heads, head_dim]` in raster order, unit stride in
-head_dim; key, value the same in the order of the blocks, by pointers and (batch, token, head)
-strides, or as tensor descriptors of `[batch, heads, tokens, head_dim]`; the tables of `Worklist`.
-lse: float32 `[batch, heads, tokens]`, contiguous, raster order. float32, bfloat16 or float16.
+Operands: query, output `[batch, queries, heads, head_dim]` in raster order, unit stride in
+head_dim; key, value `[batch, keys, heads, head_dim]`, the same in the order of the blocks, by
+pointers and (batch, token, head) strides, or as tensor descriptors of `[batch, heads, keys,
+head_dim]`; the tables of `Worklist`.
+lse: float32 `[batch, heads, queries]`, contiguous, raster order. float32, bfloat16 or float16.
 
 Limits: head_dim <= 256, padded to a power of two; tiles of 16 or more queries and keys, powers of
 two; descriptors need sm_90 or later; bfloat16 needs sm_80 or later.
@@ -165,7 +166,7 @@ def attend(
     query, key, value, output, lse,
     lists, words, intervals, pooled,
     query_strides, key_strides, value_strides, output_strides,
-    factor, bound, heads, tokens,
+    factor, bound, heads, queries, keys,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PERMUTED: tl.constexpr, DESCRIPTORS: tl.constexpr, DENSE: tl.constexpr,
     MASKED: tl.constexpr, WORD_AXES: tl.constexpr, INTERVAL_AXES: tl.constexpr,
@@ -197,7 +198,7 @@ def attend(
 
     if DENSE:
         start = 0
-        stop = tokens // BLOCK_K
+        stop = keys // BLOCK_K
     else:
         start = tl.load(lists.bounds + 3 * row)
         stop = tl.load(lists.bounds + 3 * row + 1)
@@ -207,7 +208,7 @@ def attend(
         else:
             first = tl.load(lists.first + entry)
         scores, v = _look(
-            q, key, value, key_strides, value_strides, sample, head, first, tokens,
+            q, key, value, key_strides, value_strides, sample, head, first, keys,
             DESCRIPTORS, True, HEAD_DIM, DIM, BLOCK_K, UPCAST,
         )  # fmt: skip
         total, largest, sums = _update(
@@ -219,8 +220,8 @@ def attend(
         stop = tl.load(lists.bounds + 3 * row + 2)
         group = tl.load(lists.word_group + head)
         if WORD_AXES > 0:
-            low = _load_axes(words.low, group, tokens, place, alive, WORD_AXES)
-            high = _load_axes(words.high, group, tokens, place, alive, WORD_AXES)
+            low = _load_axes(words.low, group, queries, place, alive, WORD_AXES)
+            high = _load_axes(words.high, group, queries, place, alive, WORD_AXES)
             bottom = _load_axes(words.bottom, group, 1, 0, True, WORD_AXES)
             top = _load_axes(words.top, group, 1, 0, True, WORD_AXES)
             origins = words.origin + group * WORD_AXES * words.tiles
@@ -231,7 +232,7 @@ def attend(
             listed = tl.load(lists.tile + entry)
             key_tile = tl.maximum(listed, -1 - listed)
             scores, v = _look(
-                q, key, value, key_strides, value_strides, sample, head, first, tokens,
+                q, key, value, key_strides, value_strides, sample, head, first, keys,
                 DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
             )  # fmt: skip
             if WORD_AXES > 0:
@@ -251,15 +252,15 @@ def attend(
     if INTERVAL_AXES > 0:
         counts = lists.key_count + sample * lists.count_stride
         group = tl.load(lists.interval_group + head)
-        low = _load_axes(intervals.low, group, tokens, place, alive, INTERVAL_AXES)
-        size = _load_axes(intervals.size, group, tokens, place, alive, INTERVAL_AXES)
+        low = _load_axes(intervals.low, group, queries, place, alive, INTERVAL_AXES)
+        size = _load_axes(intervals.size, group, queries, place, alive, INTERVAL_AXES)
         start = tl.load(lists.bounds + 3 * row + 2)
         stop = tl.load(lists.bounds + 3 * row + 3)
         for entry in tl.range(start, stop, num_stages=2):
             first = tl.load(lists.first + entry)
             past_end = n >= tl.load(counts + tl.load(lists.tile + entry))
             scores, v = _look(
-                q, key, value, key_strides, value_strides, sample, head, first, tokens,
+                q, key, value, key_strides, value_strides, sample, head, first, keys,
                 DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
             )  # fmt: skip
             for axis in tl.static_range(INTERVAL_AXES):
@@ -306,5 +307,5 @@ def attend(
     kept = alive[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(at, total.to(output.dtype.element_ty), mask=kept)
     logarithm = (largest + tl.math.log2(sums)) * 0.6931471805599453
-    at = lse + (sample.to(tl.int64) * heads + head) * tokens + token
+    at = lse + (sample.to(tl.int64) * heads + head) * queries + token
     tl.store(at, tl.where(seen, logarithm, float("-inf")), mask=alive)

@@ -24,7 +24,8 @@ def sparse_attention(
 
     Args:
         query, key, value: `[batch, tokens, heads, head_dim]`, heads last, tokens in raster order,
-            any strides, one floating dtype.
+            any strides, one floating dtype. Queries and keys are all tokens of the grid, or those
+            of the shards that the blocks are for, and may differ in number.
         blocks: which keys each head's queries see, from `block_indices` or `from_block_mask`.
         scale: factor of the logits, defaults to `head_dim ** -0.5`.
         pv_skip: a negative number, by which the values of a tile of keys are left out where, for
@@ -38,7 +39,7 @@ def sparse_attention(
 
     Returns:
         The output, shaped and typed as `query`, and the natural-log sum of exponentials, float32
-        (float64 for float64 inputs) `[batch, heads, tokens]`. A query that sees no key gets 0 and
+        (float64 for float64 inputs) `[batch, heads, queries]`. A query that sees no key gets 0 and
         -inf. Padded text (`grid.valid_text`) is never seen, though its own rows are computed.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -83,17 +84,27 @@ def _check(call: AttentionCall) -> None:
         raise ValueError(
             f"query must be [batch, tokens, heads, head_dim], got shape {tuple(query.shape)}"
         )
+    batch, tokens, heads, head_dim = query.shape
+    keys = len(blocks.key_raster) if blocks.sharded else tokens
     for name, other in (("key", call.key), ("value", call.value)):
-        for what in ("shape", "dtype", "device"):
+        for what in ("dtype", "device"):
             expected, came = getattr(query, what), getattr(other, what)
             if expected != came:
-                raise ValueError(
-                    f"{name} must have the {what} of query, {_plain(expected)}, got {_plain(came)}"
-                )
-    batch, tokens, heads, _ = query.shape
+                raise ValueError(f"{name} must have the {what} of query, {expected}, got {came}")
+        if other.shape != (batch, keys, heads, head_dim):
+            of = f"for {keys} keys" if blocks.sharded else "of query"
+            raise ValueError(
+                f"{name} must have the shape {of}, {(batch, keys, heads, head_dim)}, got "
+                f"{tuple(other.shape)}"
+            )
     if not query.is_floating_point():
         raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
-    if tokens != blocks.grid.tokens:
+    if blocks.queries is not None and tokens != len(blocks.query_raster):
+        raise ValueError(
+            f"the blocks are for {len(blocks.query_raster)} queries, {blocks.queries} of grid "
+            f"{blocks.grid}, got {tokens}; build them with block_indices(queries=) for those"
+        )
+    if blocks.queries is None and tokens != blocks.grid.tokens:
         raise ValueError(
             f"the blocks are for grid {blocks.grid} of {blocks.grid.tokens} tokens, got {tokens} "
             "tokens; build them with block_indices for this grid"
@@ -117,7 +128,3 @@ def _check(call: AttentionCall) -> None:
         raise ValueError(f"scale must be finite, got {call.scale}")
     if call.pv_skip is not None and not call.pv_skip < 0:
         raise ValueError(f"pv_skip must be negative, got {call.pv_skip}; None leaves nothing out")
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, tuple) else value

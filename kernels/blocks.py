@@ -7,6 +7,9 @@ tagged whole if it keeps all of them; otherwise partial, and the pattern itself 
 Blocks that no pattern touches may be asked for with keys pooled by `2^r`: runs of as many
 positions of the block, each attended to as one key, the mean of its tokens, with `ln(their
 number)` added to the logit, and as one value. Padded text is left out of means and numbers.
+
+Queries and keys are tokens of one grid. Either may be only some of them, a `Shard`; blocks then
+hold those alone.
 """
 
 import itertools
@@ -18,17 +21,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.counts import Cut, cut, pair_counts
+from dit_sparse.kernels.counts import Cut, cuts
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Pattern
-
-WHOLE = 0
-PARTIAL = -1
-ABSENT = -2
-"""Tag of a block that is not visited, in a dense table of tags; never in a `BlockIndices`."""
-
-MOST_POOLED = 7
+from dit_sparse.kernels.shard import Shard
+from dit_sparse.kernels.visited import ABSENT as ABSENT
+from dit_sparse.kernels.visited import MOST_POOLED as MOST_POOLED
+from dit_sparse.kernels.visited import PARTIAL as PARTIAL
+from dit_sparse.kernels.visited import WHOLE as WHOLE
+from dit_sparse.kernels.visited import filled, visited
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +52,25 @@ class BlockIndices:
     """Compressed rows of key blocks; a row is a (head, query block) pair, heads first.
 
     Row `r` visits `key_block[row_pointer[r]:row_pointer[r + 1]]`, ascending. Blocks are runs of
-    the sequences `permutation` of queries and `key_permutation` of keys (position -> raster
-    token), cut at `query_offsets` and `key_offsets`. All tensors are on the CPU and must not be
-    written to; two values are equal only if they are the same object, so that backends can keep
-    what they prepared for one.
+    the sequences `permutation` of queries and `key_permutation` of keys (position -> row of the
+    tensor, which is the raster token where the tensor holds all of them), cut at `query_offsets`
+    and `key_offsets`. All tensors are on the CPU and must not be written to; two values are equal
+    only if they are the same object, so that backends can keep what they prepared for one.
 
     Attributes:
         grid: where the tokens stand, with the valid text of each sample.
         order: the order that both permutations realize; `None` if each is one of its own.
         block_q, block_k: largest number of tokens in a block of queries, of keys.
         heads: number of heads.
-        permutation, key_permutation: int64 `[tokens]`, int32 if there is no `order`, since each
-            head then has its own list; text keeps its place in both.
+        permutation, key_permutation: `[queries]`, `[keys]`, int64; int32 without `order`.
         query_offsets, key_offsets: int64 `[blocks + 1]`.
         row_pointer: int32 `[heads * query_blocks + 1]`.
         key_block: int32 `[entries]`.
         tag: int8 `[entries]`: `WHOLE`, `PARTIAL`, or r > 0 for keys pooled by `2^r`.
         kept: int64 `[heads]`, pairs of tokens that each head keeps.
         patterns: one for each head; `None` if the list came from a table of blocks.
+        queries, keys: the tokens that query, and key and value, hold; `None` if they hold all.
+        query_raster, key_raster: int64 `[queries]`, `[keys]`, raster token of each row.
         handle: a number by which operators of PyTorch name this object; see `by_handle`.
     """
 
@@ -85,9 +88,19 @@ class BlockIndices:
     tag: Tensor
     kept: Tensor
     patterns: tuple[Pattern, ...] | None
+    queries: Shard | None = None
+    keys: Shard | None = None
+    query_raster: Tensor = field(init=False)
+    key_raster: Tensor = field(init=False)
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
+        tokens = {
+            shard: torch.arange(self.grid.tokens) if shard is None else shard.tokens()
+            for shard in (self.queries, self.keys)
+        }
+        object.__setattr__(self, "query_raster", tokens[self.queries])
+        object.__setattr__(self, "key_raster", tokens[self.keys])
         reason = self._fault()
         if reason is not None:
             raise ValueError(f"not a list of blocks: {reason}")
@@ -96,11 +109,16 @@ class BlockIndices:
 
     def _fault(self) -> str | None:
         """What kernels would trip over: they read these tensors unchecked."""
+        for shard in (self.queries, self.keys):
+            reason = shard and shard.refusal(self.grid)
+            if reason is not None:
+                return reason
         rows = self.heads * (len(self.query_offsets) - 1)
-        entries, place = len(self.key_block), torch.int32 if self.order is None else torch.int64
+        entries, queries, keys = map(len, (self.key_block, self.query_raster, self.key_raster))
+        place = torch.int32 if self.order is None else torch.int64
         for name, dtype, length in (
-            ("permutation", place, self.grid.tokens),
-            ("key_permutation", place, self.grid.tokens),
+            ("permutation", place, queries),
+            ("key_permutation", place, keys),
             ("query_offsets", torch.int64, len(self.query_offsets)),
             ("key_offsets", torch.int64, len(self.key_offsets)),
             ("row_pointer", torch.int32, rows + 1),
@@ -114,11 +132,11 @@ class BlockIndices:
                 )
         for name in ("permutation", "key_permutation"):
             tokens = getattr(self, name).sort().values
-            if not torch.equal(tokens, torch.arange(self.grid.tokens, dtype=place)):
+            if not torch.equal(tokens, torch.arange(len(tokens), dtype=place)):
                 return f"{name} must hold every token once"
         for name, last in (
-            ("query_offsets", self.grid.tokens),
-            ("key_offsets", self.grid.tokens),
+            ("query_offsets", queries),
+            ("key_offsets", keys),
             ("row_pointer", entries),
         ):
             tensor = getattr(self, name)
@@ -142,13 +160,26 @@ class BlockIndices:
         """Number of blocks of keys."""
         return len(self.key_offsets) - 1
 
+    @property
+    def sharded(self) -> bool:
+        """Whether queries or keys are only some of the tokens."""
+        return self.queries is not None or self.keys is not None
+
+    def query_rows(self, block: int) -> Tensor:
+        """Rows of the query that a block of queries holds, int64."""
+        return self.permutation[self.query_offsets[block] : self.query_offsets[block + 1]].long()
+
+    def key_rows(self, block: int) -> Tensor:
+        """Rows of key and value that a block of keys holds, int64."""
+        return self.key_permutation[self.key_offsets[block] : self.key_offsets[block + 1]].long()
+
     def query_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of queries, int64."""
-        return self.permutation[self.query_offsets[block] : self.query_offsets[block + 1]].long()
+        return self.query_raster[self.query_rows(block)]
 
     def key_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of keys, int64."""
-        return self.key_permutation[self.key_offsets[block] : self.key_offsets[block + 1]].long()
+        return self.key_raster[self.key_rows(block)]
 
     def entries(self, head: int, query_block: int) -> Iterator[tuple[int, int]]:
         """The key blocks of a row with their tags."""
@@ -163,7 +194,7 @@ class BlockIndices:
         )
         queries = self.query_offsets.diff()[rows % self.query_blocks]
         visited = queries * self.key_offsets.diff()[self.key_block]
-        total = self.heads * self.grid.tokens**2
+        total = self.heads * len(self.query_raster) * len(self.key_raster)
         return Density(
             element=int(self.kept.sum()) / total,
             block=int(visited.sum()) / total,
@@ -192,6 +223,9 @@ def block_indices(
     block_q: int = 128,
     block_k: int = 128,
     pooled: int = 0,
+    *,
+    queries: Shard | None = None,
+    keys: Shard | None = None,
 ) -> BlockIndices:
     """The blocks that `patterns`, one for each head, visit on `grid`.
 
@@ -201,10 +235,11 @@ def block_indices(
         order: defaults to the order that the patterns ask for, raster if none does.
         block_q, block_k: tokens in a block of queries, of keys.
         pooled: r > 0 lists the blocks that a pattern does not touch as well, pooled by `2^r`.
+        queries, keys: the tokens that query, and key and value, hold; all of them if `None`.
 
     Raises:
-        ValueError: a pattern refuses the grid, or `order` is missing and heads ask for different
-            ones.
+        ValueError: a pattern or a shard refuses the grid, or `order` is missing and heads ask for
+            different ones.
 
     >>> from dit_sparse.kernels.pattern import Band, Full
     >>> block_indices([Full(), Band(16)], TokenGrid(2, 8, 8), block_q=16, block_k=16).density()
@@ -220,18 +255,17 @@ def block_indices(
     order = _common_order(patterns) if order is None else order
     if not 0 <= pooled <= MOST_POOLED:
         raise ValueError(f"pooled must be in 0..{MOST_POOLED}, got {pooled}")
-    rows = [
-        _visited(pattern, replace(grid, valid_text=None), order, block_q, block_k)
-        for pattern in patterns
-    ]
+    largest, shards = (block_q, block_k), (queries, keys)
+    geometry = replace(grid, valid_text=None)
+    rows = [visited(pattern, geometry, order, largest, shards) for pattern in patterns]
+    sides = cuts(grid, order, largest, shards)
     if pooled:
-        key_blocks = len(order.offsets(grid, block_k)) - 1
-        rows = [_filled(row, key_blocks, pooled) for row in rows]
+        rows = [filled(row, len(sides[1].offsets) - 1, pooled) for row in rows]
     return _assemble(
         grid,
         order,
-        (block_q, block_k),
-        _cuts(grid, order, block_q, block_k),
+        largest,
+        sides,
         counts=torch.cat([row.counts for row in rows]),
         key_block=torch.cat([row.key_block for row in rows]),
         tag=torch.cat([row.tag for row in rows]),
@@ -253,12 +287,15 @@ def from_block_mask(
     order: TokenOrder | None = None,
     block_q: int = 128,
     block_k: int = 128,
+    *,
+    queries: Shard | None = None,
+    keys: Shard | None = None,
 ) -> BlockIndices:
     """The blocks where `mask`, bool `[heads, query_blocks, key_blocks]`, is true, all whole."""
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be of dtype bool, got {mask.dtype}")
     tags = torch.where(mask, WHOLE, ABSENT).to(torch.int8)
-    return from_tags(tags, grid, order, block_q, block_k)
+    return from_tags(tags, grid, order, block_q, block_k, queries=queries, keys=keys)
 
 
 def from_tags(
@@ -267,23 +304,27 @@ def from_tags(
     order: TokenOrder | None = None,
     block_q: int = 128,
     block_k: int = 128,
+    *,
+    queries: Shard | None = None,
+    keys: Shard | None = None,
 ) -> BlockIndices:
     """The blocks that `tags`, int8 `[heads, query_blocks, key_blocks]`, asks for: `ABSENT`,
     `WHOLE`, or r in 1..7 for keys pooled by `2^r` (Pyramid Sparse Attention, arXiv 2512.04025)."""
     order = raster() if order is None else order
-    return from_cuts(tags, grid, _cuts(grid, order, block_q, block_k), (block_q, block_k), order)
+    largest = block_q, block_k
+    return from_cuts(tags, grid, cuts(grid, order, largest, (queries, keys)), largest, order)
 
 
 def from_cuts(
     tags: Tensor,
     grid: TokenGrid,
-    cuts: tuple[Cut, Cut],
+    sides: tuple[Cut, Cut],
     largest: tuple[int, int],
     order: TokenOrder | None = None,
 ) -> BlockIndices:
     """As `from_tags`, for queries and keys that are each cut in an order of their own, if it is
     not `order`, into blocks of at most `largest` tokens."""
-    queries, keys = (side.offsets.diff() for side in cuts)
+    queries, keys = (side.offsets.diff() for side in sides)
     if tags.ndim != 3 or tags.shape[1:] != (len(queries), len(keys)):
         raise ValueError(
             f"a table of blocks must be [heads, {len(queries)}, {len(keys)}] for grid {grid} in "
@@ -301,7 +342,7 @@ def from_cuts(
         grid,
         order,
         largest,
-        cuts,
+        sides,
         counts=listed.sum(-1).flatten(),
         key_block=listed.nonzero()[:, 2].to(torch.int32),
         tag=tags[listed],
@@ -310,47 +351,11 @@ def from_cuts(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Visited:
-    """The rows of one head: entries in each, key blocks, tags, and the pairs kept in all."""
-
-    counts: Tensor
-    key_block: Tensor
-    tag: Tensor
-    kept: int
-
-
-@lru_cache(maxsize=64)
-def _visited(
-    pattern: Pattern, grid: TokenGrid, order: TokenOrder, block_q: int, block_k: int
-) -> _Visited:
-    queries, keys = _cuts(grid, order, block_q, block_k)
-    sizes, columns = queries.offsets.diff(), keys.offsets.diff()
-    counts, key_blocks, tags, kept = [], [], [], 0
-    for rows, pairs in pair_counts(pattern, grid, queries, keys):
-        row, visited = pairs.nonzero(as_tuple=True)
-        whole = pairs[row, visited] == sizes[rows][row] * columns[visited]
-        counts.append(row.bincount(minlength=len(pairs)))
-        key_blocks.append(visited.to(torch.int32))
-        tags.append(torch.where(whole, WHOLE, PARTIAL).to(torch.int8))
-        kept += int(pairs.sum())
-    return _Visited(torch.cat(counts), torch.cat(key_blocks), torch.cat(tags), kept)
-
-
-def _filled(row: _Visited, key_blocks: int, tag: int) -> _Visited:
-    """The same rows with all other key blocks listed under `tag`."""
-    tags = torch.full((len(row.counts), key_blocks), tag, dtype=torch.int8)
-    place = torch.arange(len(row.counts)).repeat_interleave(row.counts)
-    tags[place, row.key_block.long()] = row.tag
-    key_block = torch.arange(key_blocks, dtype=torch.int32).repeat(len(row.counts))
-    return _Visited(torch.full_like(row.counts, key_blocks), key_block, tags.flatten(), row.kept)
-
-
 def _assemble(
     grid: TokenGrid,
     order: TokenOrder | None,
     largest: tuple[int, int],
-    cuts: tuple[Cut, Cut],
+    sides: tuple[Cut, Cut],
     *,
     counts: Tensor,
     key_block: Tensor,
@@ -365,21 +370,18 @@ def _assemble(
         block_q=largest[0],
         block_k=largest[1],
         heads=len(kept),
-        permutation=cuts[0].tokens.to(place),
-        key_permutation=cuts[1].tokens.to(place),
-        query_offsets=cuts[0].offsets,
-        key_offsets=cuts[1].offsets,
+        permutation=sides[0].rows().to(place),
+        key_permutation=sides[1].rows().to(place),
+        query_offsets=sides[0].offsets,
+        key_offsets=sides[1].offsets,
         row_pointer=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
         key_block=key_block,
         tag=tag,
         kept=kept,
         patterns=patterns,
+        queries=sides[0].shard,
+        keys=sides[1].shard,
     )
-
-
-def _cuts(grid: TokenGrid, order: TokenOrder, block_q: int, block_k: int) -> tuple[Cut, Cut]:
-    queries = cut(grid, order, block_q)
-    return queries, queries if block_q == block_k else cut(grid, order, block_k)
 
 
 def _common_order(patterns: tuple[Pattern, ...]) -> TokenOrder:

@@ -9,9 +9,9 @@ from dit_sparse.kernels.blocks import BlockIndices
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """`query`, `key`, `value` `[batch, tokens, heads, head_dim]` in raster token order, of one
-    dtype and device, with any strides; which blocks to visit; the factor of the logits; and from
-    where on values are left out, see `sparse_attention`."""
+    """`query` `[batch, queries, heads, head_dim]`, `key`, `value` `[batch, keys, heads, head_dim]`
+    in raster token order, of one dtype and device, with any strides; which blocks to visit; the
+    factor of the logits; and from where on values are left out, see `sparse_attention`."""
 
     query: Tensor
     key: Tensor

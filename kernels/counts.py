@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Pattern, Skip
+from dit_sparse.kernels.shard import Shard
 from dit_sparse.kernels.tiling import block_of
 from dit_sparse.kernels.windows import Windows
 
@@ -28,16 +29,53 @@ _MOST_BOXES = 1 << 24  # pairs of boxes that are few on any grid
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """All tokens in the sequence of an order, and where it is cut into blocks: raster tokens int64
-    `[tokens]`, offsets int64 `[blocks + 1]`. Text and video share no block."""
+    """All tokens, or those of a shard, in the sequence of an order, and where it is cut into
+    blocks: raster tokens int64 `[tokens]`, offsets int64 `[blocks + 1]`. Text and video share no
+    block."""
 
     tokens: Tensor
     offsets: Tensor
+    shard: Shard | None = None
+
+    def video(self, grid: TokenGrid) -> slice:
+        """The positions of the video tokens, which follow one another."""
+        if self.shard is None:
+            return slice(grid.text_before, grid.text_before + grid.video)
+        before = int((self.tokens < grid.text_before).sum())
+        after = int((self.tokens >= grid.text_before + grid.video).sum())
+        return slice(before, len(self.tokens) - after)
+
+    def rows(self) -> Tensor:
+        """The row of a tensor that holds the token at each position, int64 `[tokens]`."""
+        if self.shard is None:
+            return self.tokens
+        return torch.searchsorted(self.shard.tokens(), self.tokens)
 
 
-def cut(grid: TokenGrid, order: TokenOrder, block: int) -> Cut:
+def cut(grid: TokenGrid, order: TokenOrder, block: int, shard: Shard | None = None) -> Cut:
     """The blocks of at most `block` tokens of `order`."""
-    return Cut(order.permutation(grid), order.offsets(grid, block))
+    tokens = order.permutation(grid)
+    if shard is None:
+        return Cut(tokens, order.offsets(grid, block))
+    reason = shard.refusal(grid)
+    if reason is not None:
+        raise ValueError(reason)
+    held = torch.zeros(grid.tokens, dtype=torch.bool)
+    held[shard.tokens()] = True
+    held = held[tokens]
+    return Cut(tokens[held], order.offsets(grid, block, held), shard)
+
+
+def cuts(
+    grid: TokenGrid,
+    order: TokenOrder,
+    largest: tuple[int, int],
+    shards: tuple[Shard | None, Shard | None] = (None, None),
+) -> tuple[Cut, Cut]:
+    """The blocks of queries and of keys; the same object if nothing tells them apart."""
+    queries = cut(grid, order, largest[0], shards[0])
+    same = largest[0] == largest[1] and shards[0] == shards[1]
+    return queries, queries if same else cut(grid, order, largest[1], shards[1])
 
 
 def pair_counts(
@@ -48,6 +86,10 @@ def pair_counts(
         blocks, columns = (len(side.offsets) - 1 for side in (queries, keys))
         yield slice(0, blocks), torch.zeros(1, 1, dtype=torch.int64).expand(blocks, columns)
         return
+    video = (side.video(grid) for side in (queries, keys))
+    if any(positions.start == positions.stop for positions in video):
+        yield from _of_text(queries, keys)
+        return
     windows = pattern.windows(grid)
     sides = None if windows is None else _sides(windows, grid, queries, keys)
     if sides is not None:
@@ -56,6 +98,13 @@ def pair_counts(
         yield from _by_places(windows, grid, queries, keys)
     else:
         yield from _by_pairs(pattern, grid, queries, keys)
+
+
+def _of_text(queries: Cut, keys: Cut) -> Iterator[tuple[slice, Tensor]]:
+    """Where one side is text alone, all pairs are kept."""
+    columns = keys.offsets.diff()
+    for row, size in enumerate(queries.offsets.diff().tolist()):
+        yield slice(row, row + 1), size * columns[None]
 
 
 def _by_pairs(
@@ -71,13 +120,14 @@ def _by_pairs(
 def _by_places(
     windows: Windows, grid: TokenGrid, queries: Cut, keys: Cut
 ) -> Iterator[tuple[slice, Tensor]]:
-    video = slice(grid.text_before, grid.text_before + grid.video)
+    video = keys.video(grid)
     blocks = _video_blocks(grid, queries)
     low, high, place = windows.low[0], windows.low[0] + windows.size[0], windows.place[0]
-    first, places = int(place[video].min()), int(place[video].max()) + 1 - int(place[video].min())
-    place = place[keys.tokens[video]] - first
+    place = place[keys.tokens[video]]
+    first, places = int(place.min()), int(place.max() - place.min()) + 1
+    place = place - first
     for row, block in enumerate(queries.tokens.tensor_split(queries.offsets[1:-1])):
-        kept = torch.full((grid.tokens,), len(block))
+        kept = torch.full((len(keys.tokens),), len(block))
         if blocks.start <= row < blocks.stop:
             opened, closed = (
                 (edge[block] - first).clamp(0, places).bincount(minlength=places + 1)
@@ -133,9 +183,8 @@ def _sides(
 
 def _boxes(place: Tensor, grid: TokenGrid, side: Cut) -> _Boxes:
     """The blocks of the video tokens, taken apart."""
-    block = block_of(side.offsets)
-    video = slice(grid.text_before, grid.text_before + grid.video)
-    block = block[video]
+    video = side.video(grid)
+    block = block_of(side.offsets)[video]
     order = _sorted([block, *place[:, side.tokens[video] - grid.text_before]])
     block, low = block[order], place[:, (side.tokens[video] - grid.text_before)[order]]
     # Tokens at the same place are told apart by one more axis, on which nothing is asked.
@@ -234,6 +283,7 @@ def _below(edge: Tensor, ranges: Tensor, bounds: Tensor) -> Tensor:
 
 def _video_blocks(grid: TokenGrid, side: Cut) -> slice:
     """The blocks that hold video tokens."""
-    ends = torch.tensor([grid.text_before, grid.text_before + grid.video])
+    video = side.video(grid)
+    ends = torch.tensor([video.start, video.stop])
     first, last = torch.searchsorted(side.offsets, ends).tolist()
     return slice(first, last)

@@ -63,7 +63,7 @@ def covers(blocks: BlockIndices, prices: Prices, valid_text: int | None = None) 
     valid = torch.ones(blocks.grid.tokens, dtype=torch.bool)
     if valid_text is not None:
         valid[blocks.grid.invalid_text(valid_text)] = False
-    valid = valid[blocks.key_permutation]
+    valid = valid[blocks.key_raster[blocks.key_permutation]]
     return [
         Cover(tuple(heads), tuple(_rectangles(blocks, heads[0], prices, valid)))
         for heads in sharing.values()
@@ -76,7 +76,9 @@ def visible(blocks: BlockIndices, head: int, rectangle: Rectangle) -> Tensor:
     keys = torch.cat([torch.arange(*run) for run in rectangle.masked])[None, :]
     if blocks.patterns:
         return blocks.patterns[head].pairs(
-            blocks.grid, blocks.permutation[queries], blocks.key_permutation[keys]
+            blocks.grid,
+            blocks.query_raster[blocks.permutation[queries]],
+            blocks.key_raster[blocks.key_permutation[keys]],
         )
     listed = tags_of_head(blocks, head) != ABSENT
     return listed[block_of(blocks.query_offsets)[queries], block_of(blocks.key_offsets)[keys]]

@@ -53,9 +53,9 @@ class _Slots:
     """One BlockIndices as FlexAttention takes it, on one device.
 
     Attributes:
-        queries, keys: token in each slot (of padding: any), int64; `None` for the tokens as
-            they come.
-        query_place: slot of each token, int64 `[tokens]`.
+        queries, keys: row in each slot (of padding: any), int64; `None` for the rows as they
+            come.
+        query_place: slot of each query, int64 `[queries]`.
         mask: a BlockMask.
         size: slots of a block of queries, of keys.
     """
@@ -97,8 +97,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         prepared.slots[key] = _slots(call.blocks, *key)
     slots = prepared.slots[key]
     query, keys, value = (
-        (tensor if tokens is None else tensor.index_select(1, tokens)).transpose(1, 2)
-        for tensor, tokens in (
+        (tensor if rows is None else tensor.index_select(1, rows)).transpose(1, 2)
+        for tensor, rows in (
             (call.query, slots.queries),
             (call.key, slots.keys),
             (call.value, slots.keys),
@@ -177,11 +177,11 @@ def _slots(blocks: BlockIndices, device: torch.device, batch: int) -> _Slots:
     from torch.nn.attention.flex_attention import BlockMask
 
     size = _slot_size(blocks.query_offsets), _slot_size(blocks.key_offsets)
-    query_place = _places(blocks, blocks.query_offsets, size[0])
-    key_place = _places(blocks, blocks.key_offsets, size[1])
-    queries = _tokens(query_place, blocks.query_blocks * size[0])
-    keys = _tokens(key_place, blocks.key_blocks * size[1])
-    real = blocks.grid.real(batch)
+    query_place = _places(blocks.permutation, blocks.query_offsets, size[0])
+    key_place = _places(blocks.key_permutation, blocks.key_offsets, size[1])
+    queries = _rows(query_place, blocks.query_blocks * size[0])
+    keys = _rows(key_place, blocks.key_blocks * size[1])
+    real = blocks.grid.real(batch)[:, blocks.key_raster]
     seen = (keys >= 0) & real[:, keys.clamp_min(0)]
     clean = seen.view(batch, blocks.key_blocks, size[1]).all(-1).all(0)
     whole = (blocks.tag == WHOLE) & clean[blocks.key_block.long()]
@@ -190,14 +190,15 @@ def _slots(blocks: BlockIndices, device: torch.device, batch: int) -> _Slots:
     mask = BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=size,
-        mask_mod=_mask_mod(blocks, queries, keys, seen, device),
+        mask_mod=_mask_mod(
+            blocks, blocks.query_raster[queries], blocks.key_raster[keys], seen, device
+        ),
         seq_lengths=(len(queries), len(keys)),
         compute_q_blocks=False,
     )
-    tokens = torch.arange(blocks.grid.tokens)
     return _Slots(
-        queries=None if torch.equal(queries, tokens) else queries.to(device),
-        keys=None if torch.equal(keys, tokens) else keys.to(device),
+        queries=_moved(queries, len(query_place), device),
+        keys=_moved(keys, len(key_place), device),
         query_place=query_place.to(device),
         mask=mask,
         size=size,
@@ -212,16 +213,21 @@ def _slot_size(offsets: Tensor) -> int:
     return math.ceil(largest / _LARGEST_TILE) * _LARGEST_TILE
 
 
-def _places(blocks: BlockIndices, offsets: Tensor, size: int) -> Tensor:
-    """Slot of each raster token, int64 `[tokens]`."""
+def _moved(rows: Tensor, count: int, device: torch.device) -> Tensor | None:
+    """`rows` on the device, `None` if they are all `count` as they come."""
+    return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
+
+
+def _places(permutation: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """Slot of each row, int64 `[rows]`."""
     lengths = offsets.diff()
     padding = (size - lengths).cumsum(0) - (size - lengths)
-    position = torch.arange(blocks.grid.tokens) + padding.repeat_interleave(lengths)
-    return torch.empty_like(position).index_copy_(0, blocks.permutation, position)
+    position = torch.arange(len(permutation)) + padding.repeat_interleave(lengths)
+    return torch.empty_like(position).index_copy_(0, permutation, position)
 
 
-def _tokens(place: Tensor, slots: int) -> Tensor:
-    """Raster token in each slot, -1 for padding, int64 `[slots]`."""
+def _rows(place: Tensor, slots: int) -> Tensor:
+    """Row in each slot, -1 for padding, int64 `[slots]`."""
     return torch.full((slots,), -1).index_copy_(0, place, torch.arange(len(place)))
 
 
@@ -241,7 +247,8 @@ def _lists(blocks: BlockIndices, chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(
     blocks: BlockIndices, queries: Tensor, keys: Tensor, seen: Tensor, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether a pair of slots in a partial block is kept; `seen` bool `[batch, key slots]`."""
+    """Whether a pair of slots in a partial block is kept; `queries`, `keys`: raster token in each;
+    `seen` bool `[batch, key slots]`."""
     grid = blocks.grid
     patterns = blocks.patterns or ()
     distinct = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}

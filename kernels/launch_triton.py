@@ -19,7 +19,7 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
     query, scale = unit_stride(call.query), call.scale
     skips = call.pv_skip is not None and call.pv_skip > -math.inf
     bound = (call.pv_skip or 0.0) / math.log(2) if skips else 0.0
-    batch, tokens, heads, head_dim = query.shape
+    batch, queries, heads, head_dim = query.shape
     if scale <= 0:
         # The kernel takes maxima before it scales.
         query, scale = query * math.copysign(bool(scale), scale), abs(scale) or 1.0
@@ -31,14 +31,14 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
         means = (pool(x, work.runs.first, work.runs.real) for x in (key, value))
         pooled = pooled._replace(**dict(zip(("key", "value"), means, strict=True)))
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     rules = work.predicates
     kernel: Any = attend
     kernel[(work.rows, batch)](
         query, operand(key, sizes), operand(value, sizes), output, lse,
         work.lists, rules.words, rules.intervals, pooled,
         query.stride(), key.stride(), value.stride(), output.stride(),
-        scale / math.log(2), bound, heads, tokens,
+        scale / math.log(2), bound, heads, queries, key.shape[1],
         HEAD_DIM=head_dim, DIM=padded_dim(head_dim),
         BLOCK_Q=sizes.block_q, BLOCK_K=sizes.block_k,
         PERMUTED=work.permuted, DESCRIPTORS=sizes.descriptors, DENSE=False,

@@ -41,6 +41,14 @@ def block_mass(
         of rows that were looked at.
     """
     batch, tokens, heads, head_dim = query.shape
+    expected = [
+        (batch, len(rows), heads, head_dim) for rows in (blocks.query_raster, blocks.key_raster)
+    ]
+    if [query.shape, key.shape] != expected:
+        raise ValueError(
+            f"query and key must be {expected[0]} and {expected[1]} for these blocks, got "
+            f"{tuple(query.shape)} and {tuple(key.shape)}"
+        )
     if lse.shape != (batch, heads, tokens) or lse.dtype != torch.float32:
         raise ValueError(
             f"lse must be float32 {(batch, heads, tokens)}, got {lse.dtype} {tuple(lse.shape)}"
@@ -63,10 +71,10 @@ def _plain(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     permutation = blocks.permutation.to(device)
     keys = blocks.key_permutation
     key = rearrange(call.key[:, keys.to(device)].to(dtype), "b j h d -> b h d j")
-    real = blocks.grid.real(len(call.query))[:, keys]
+    real = blocks.grid.real(len(call.query))[:, blocks.key_raster[keys]]
     hidden = rearrange(~real, "b j -> b 1 1 j").to(device)
     places = (
-        list(torch.arange(blocks.grid.tokens).tensor_split(blocks.query_offsets[1:-1]))
+        list(torch.arange(len(blocks.query_raster)).tensor_split(blocks.query_offsets[1:-1]))
         if rows is None
         else [row[row >= 0] for row in sampled_rows(blocks.query_offsets, rows)]
     )

@@ -35,7 +35,7 @@ BLOCK_Q = 64
 def mass(
     query, key, lse, out, slots, key_first, key_count,
     query_strides, key_strides,
-    factor, heads, tokens, key_tiles, count_stride,
+    factor, heads, queries, keys, key_tiles, count_stride,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SEGMENT: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def mass(
     alive = token >= 0
     query += sample.to(tl.int64) * query_strides[0] + head.to(tl.int64) * query_strides[2]
     q = load_rows(query, token, query_strides[1], alive, HEAD_DIM, DIM)
-    at = lse + tl.program_id(1).to(tl.int64) * tokens + token
+    at = lse + tl.program_id(1).to(tl.int64) * queries + token
     level = tl.load(at, mask=alive, other=float("inf")) * 1.4426950408889634
     # A row that saw nothing has no mass to give.
     level = tl.where(level == float("-inf"), float("inf"), level)
@@ -60,7 +60,7 @@ def mass(
         first = tl.load(key_first + tile)
         real = n < tl.load(key_count + sample * count_stride + tile)
         k = load_tile(
-            key, key_strides, sample, head, first, tokens, DESCRIPTORS, False, HEAD_DIM, DIM,
+            key, key_strides, sample, head, first, keys, DESCRIPTORS, False, HEAD_DIM, DIM,
             BLOCK_K,
         )  # fmt: skip
         scores = matmul(q, k.T, UPCAST)
@@ -73,7 +73,7 @@ def block_mass(call: AttentionCall, lse: Tensor, rows: int | None = 16) -> Tenso
     """Mass of every pair of blocks, listed or not, float32 `[batch, heads, query_blocks,
     key_blocks]`; summed over the rows that `segments` picks, or over all (`None`)."""
     query, blocks = unit_stride(call.query), call.blocks
-    batch, tokens, heads, head_dim = query.shape
+    batch, queries, heads, head_dim = query.shape
     sizes = tiles_of(call)
     work = worklist(blocks, sizes.block_q, sizes.block_k, query.device)
     key = arranged(call.key, work, sizes)
@@ -85,8 +85,8 @@ def block_mass(call: AttentionCall, lse: Tensor, rows: int | None = 16) -> Tenso
     kernel: Any = mass
     kernel[(len(slots) // BLOCK_Q, batch * heads)](
         query, operand(key, sizes), lse.contiguous(), out, slots, key_first, key_count,
-        query.stride(), key.stride(), call.scale / math.log(2), heads, tokens, key_tiles,
-        key_tiles if len(key_count) > 1 else 0,
+        query.stride(), key.stride(), call.scale / math.log(2), heads, queries, key.shape[1],
+        key_tiles, key_tiles if len(key_count) > 1 else 0,
         HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_Q=BLOCK_Q, BLOCK_K=sizes.block_k,
         SEGMENT=segment, DESCRIPTORS=sizes.descriptors, UPCAST=interpreting(),
         num_warps=4, num_stages=sizes.stages,
@@ -120,6 +120,8 @@ def _tables(blocks: BlockIndices, rows: int | None, block_k: int, device: torch.
             of_query.to(device),
             keys.block.to(device),
             keys.first.int().to(device),
-            real_tokens(blocks.grid, keys).int().to(device),
+            real_tokens(blocks.grid, blocks.key_raster[blocks.key_permutation], keys)
+            .int()
+            .to(device),
         )
     return known[name]

@@ -69,7 +69,8 @@ class _Call(ctypes.Structure):
         ("masks", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("query_blocks", ctypes.c_int64),
@@ -150,7 +151,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     operands = [
         x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value)
     ]
-    batch, tokens, heads, head_dim = call.query.shape
+    batch, queries, heads, head_dim = call.query.shape
     prepared = _prepared_of(blocks)
     masks = prepared.masks
     lists = (
@@ -172,7 +173,8 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         None if masks is None else masks.words.data_ptr(),
         None if prepared.hidden is None else prepared.hidden.data_ptr(),
         batch,
-        tokens,
+        queries,
+        call.key.shape[1],
         heads,
         head_dim,
         blocks.query_blocks,
@@ -222,13 +224,18 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
     kept = {p: p.windows(grid) if p in partial else None for p in dict.fromkeys(patterns)}
     unwindowed = {p: heads for p, heads in partial.items() if kept[p] is None}
     windowed = {p: own or everything(grid.tokens) for p, own in kept.items()}
+    if blocks.sharded:
+        rows = blocks.query_raster, blocks.key_raster
+        windowed = {p: own.of(*rows) for p, own in windowed.items()}
     windows = (_Windows * blocks.heads)(
         *(
             _Windows(len(w.low), w.low.data_ptr(), w.size.data_ptr(), w.place.data_ptr())
             for w in (windowed[pattern] for pattern in patterns)
         )
     )
-    hidden = None if grid.valid_text is None else ~grid.real(len(grid.valid_text))
+    hidden = None
+    if grid.valid_text is not None:
+        hidden = ~grid.real(len(grid.valid_text)).index_select(1, blocks.key_raster)
     rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
     masked, refusal = mask_bytes(blocks, unwindowed), None
     if masked > _MOST_MASK_BYTES:

@@ -41,6 +41,8 @@ def supports(call: AttentionCall) -> str | None:
             return f"takes neighborhoods, got {pattern} for head {head}"
         if min(arguments(pattern, grid)["kernel_size"]) < 2:
             return f"takes windows of at least 2 tokens on each axis, got {pattern} on {grid}"
+    if call.blocks.sharded:
+        return "takes all tokens of a grid, got some of its queries or keys"
     if grid.text:
         return f"takes video tokens alone, got {grid.text} text tokens"
     if call.query.dtype not in _DTYPES:

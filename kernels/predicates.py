@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import PARTIAL, BlockIndices
+from dit_sparse.kernels.definition import is_text
 from dit_sparse.kernels.pattern import Pattern
 from dit_sparse.kernels.tiling import Tiling
 from dit_sparse.kernels.windows import Windows
@@ -25,7 +26,7 @@ _ALL = _PAST_END = 1 << MOST_BITS
 class Words(NamedTuple):
     """int32, tokens in block order.
 
-    low, high `[groups, axes, tokens]` of queries: the bits from and to which they see keys, if the
+    low, high `[groups, axes, queries]`: the bits from and to which they see keys, if the
     tile began at place 0. word `[batch or 1, groups, tiles, block_k]` of keys; a bit that no query
     has stands for the end of a tile and for padded text. origin `[groups, axes, tiles]`: the first
     place of each tile. bottom, top `[groups, axes]`: the bits of an axis.
@@ -42,7 +43,8 @@ class Words(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """int32 `[groups, axes, tokens]` in block order: low, size of queries, place of keys."""
+    """int32 in block order: low, size `[groups, axes, queries]`; place `[groups, axes, tokens]` of
+    keys, and of as many more as a tile may reach past the last."""
 
     low: Tensor
     size: Tensor
@@ -95,7 +97,7 @@ def predicates(blocks: BlockIndices, keys: Tiling, real: Tensor, block_k: int) -
     axes = [max((len(group.low) for group in kind), default=0) for kind in groups]
     return Predicates(
         _words([_padded(g, axes[0]) for g in groups[0]], keys, real, block_k),
-        _intervals([_padded(g, axes[1]) for g in groups[1]], blocks.grid.tokens, block_k),
+        _intervals([_padded(g, axes[1]) for g in groups[1]], len(blocks.key_raster), block_k),
         numbers[0],
         numbers[1],
         axes[0],
@@ -116,10 +118,10 @@ class _Group:
 
 
 def _group(windows: Windows, blocks: BlockIndices, keys: Tiling) -> _Group:
-    low, size = (x[:, blocks.permutation].long() for x in (windows.low, windows.size))
-    place = windows.place[:, blocks.key_permutation].long()
-    grid = blocks.grid
-    video = (keys.first >= grid.text_before) & (keys.first < grid.text_before + grid.video)
+    sequence = blocks.key_raster[blocks.key_permutation]
+    own = windows.of(blocks.query_raster[blocks.permutation], sequence)
+    low, size, place = own.low.long(), own.size.long(), own.place.long()
+    video = ~is_text(blocks.grid, sequence[keys.first])
     tile = torch.arange(len(keys)).repeat_interleave(keys.count).expand_as(place)
     empty = place.new_zeros(len(place), len(keys))
     first = empty.scatter_reduce(1, tile, place, "amin", include_self=False)
@@ -175,10 +177,10 @@ def _words(groups: list[_Group], keys: Tiling, real: Tensor, block_k: int) -> Wo
     )
 
 
-def _intervals(groups: list[_Group], tokens: int, padding: int) -> Intervals:
+def _intervals(groups: list[_Group], keys: int, padding: int) -> Intervals:
     place = [torch.nn.functional.pad(group.place, (0, padding)) for group in groups]
     low, size = ([getattr(group, name) for group in groups] for name in ("low", "size"))
-    return Intervals(_stack(low), _stack(size), _stack(place), tokens + padding)
+    return Intervals(_stack(low), _stack(size), _stack(place), keys + padding)
 
 
 def _stack(tables: list[Tensor]) -> Tensor:

@@ -69,6 +69,11 @@ def score_blocks(
             f"query and key must be [batch, {blocks.grid.tokens}, heads, head_dim] for grid "
             f"{blocks.grid}, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
+    if blocks.sharded:
+        raise ValueError(
+            "scores rank all tokens of a grid, got blocks of a shard; rank before the tokens are "
+            "shared out"
+        )
     valid = blocks.grid.valid_text
     if valid is not None and len(valid) != len(query):
         raise ValueError(
@@ -224,7 +229,7 @@ def _chosen(
         (blocks.key_offsets, blocks.key_permutation),
     ):
         first, sizes = offsets[:-1], offsets.diff()
-        real = real_tokens(blocks.grid, Tiling(first, sizes, torch.arange(len(first))))
+        real = real_tokens(blocks.grid, tokens, Tiling(first, sizes, torch.arange(len(first))))
         sides.append([_places(first, count, samples, tokens) for count in real])
     rows, columns = (
         [places.to(device) for places in side] * (batch if len(side) == 1 else 1) for side in sides

@@ -22,6 +22,8 @@ def block_recall(
     a table of blocks.
     """
     _, tokens, heads, _ = query.shape
+    if blocks.sharded:
+        raise ValueError("recall needs all tokens of a grid, got blocks of a shard of them")
     place = sampled_rows(torch.tensor([0, tokens]), ROWS)[0]
     place = place[place >= 0]
     row = torch.searchsorted(blocks.query_offsets, place, right=True) - 1

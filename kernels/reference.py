@@ -23,8 +23,8 @@ _MOST_TOKENS = 16384
 
 
 def supports(call: AttentionCall) -> str | None:
-    """Anything small: the mask is `tokens x tokens`."""
-    tokens = call.query.shape[1]
+    """Anything small: the mask is `queries x keys`."""
+    tokens = max(call.query.shape[1], call.key.shape[1])
     if tokens > _MOST_TOKENS:
         return f"{tokens} tokens need a dense mask; at most {_MOST_TOKENS} are taken"
     return None
@@ -37,10 +37,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = query.shape
     output, lse = torch.empty_like(query), query.new_empty(batch, heads, tokens)
     masks = [element_mask(call.blocks, head) for head in range(heads)]
-    for sample, real in enumerate(call.blocks.grid.real(batch)):
+    for sample, real in enumerate(call.blocks.grid.real(batch)[:, call.blocks.key_raster]):
         for head in range(heads):
             pool, visible, runs = _pooled(call.blocks, head, real)
-            pool = torch.cat([torch.eye(tokens), pool]).to(query)
+            pool = torch.cat([torch.eye(len(real)), pool]).to(query)
             visible = torch.cat([masks[head] & real, visible], 1).to(query.device)
             count = pool.count_nonzero(1)
             keys, values = pool @ key[sample, :, head], pool @ value[sample, :, head]
@@ -57,15 +57,15 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def element_mask(blocks: BlockIndices, head: int) -> Tensor:
-    """The pairs of raster tokens that `blocks` makes `head` see, bool `[tokens, tokens]`; pooled
+    """The pairs of queries and keys that `blocks` makes `head` see, bool `[queries, keys]`; pooled
     ones apart."""
-    everything = torch.ones(blocks.grid.tokens, blocks.grid.tokens, dtype=torch.bool)
-    kept = blocks.patterns[head].mask(blocks.grid) if blocks.patterns else everything
-    visible = torch.zeros_like(everything)
+    tokens = blocks.query_raster[:, None], blocks.key_raster[None, :]
+    visible = torch.zeros(torch.broadcast_shapes(*(x.shape for x in tokens)), dtype=torch.bool)
+    kept = blocks.patterns[head].pairs(blocks.grid, *tokens) if blocks.patterns else visible
     for row in range(blocks.query_blocks):
-        queries = blocks.query_tokens(row)[:, None]
+        queries = blocks.query_rows(row)[:, None]
         for key_block, tag in blocks.entries(head, row):
-            keys = blocks.key_tokens(key_block)
+            keys = blocks.key_rows(key_block)
             if tag in (WHOLE, PARTIAL):
                 visible[queries, keys] = kept[queries, keys] if tag == PARTIAL else True
     return visible
@@ -74,16 +74,16 @@ def element_mask(blocks: BlockIndices, head: int) -> Tensor:
 def _left_out(
     blocks: BlockIndices, head: int, logits: Tensor, runs: list[tuple[int, int]], bound: float
 ) -> Tensor:
-    """The pairs whose values are left out, bool as `logits`, `[tokens, tokens + runs]`."""
+    """The pairs whose values are left out, bool as `logits`, `[queries, keys + runs]`."""
     left_out = torch.zeros_like(logits, dtype=torch.bool)
     for row in range(blocks.query_blocks):
-        queries = blocks.query_tokens(row)[:, None]
+        queries = blocks.query_rows(row)[:, None]
         largest = logits.new_full((len(queries),), -torch.inf)
         for key_block, tag in blocks.entries(head, row):
-            keys = blocks.key_tokens(key_block)
+            keys = blocks.key_rows(key_block)
             if tag > WHOLE:
                 own = [number for number, run in enumerate(runs) if run == (key_block, tag)]
-                keys = torch.tensor(own, dtype=torch.int64) + blocks.grid.tokens
+                keys = torch.tensor(own, dtype=torch.int64) + len(blocks.key_raster)
             if not len(keys):
                 continue
             inside = logits[queries, keys].amax(1)
@@ -96,23 +96,23 @@ def _left_out(
 def _pooled(
     blocks: BlockIndices, head: int, real: Tensor
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """The runs of pooled keys that `head` sees: weights `[runs, tokens]` that take their means,
-    which query sees which run, bool `[tokens, runs]`, and the block and tag of each run."""
-    weights, visible, place = [], [], {}
+    """The runs of pooled keys that `head` sees: weights `[runs, keys]` that take their means,
+    which query sees which run, bool `[queries, runs]`, and the block and tag of each run."""
+    weights, visible, place, queries = [], [], {}, len(blocks.query_raster)
     for row in range(blocks.query_blocks):
         for key_block, tag in blocks.entries(head, row):
             if tag <= WHOLE:
                 continue
-            for start, run in enumerate(blocks.key_tokens(key_block).split(2**tag)):
-                tokens = run[real[run]]
-                if not len(tokens):
+            for start, run in enumerate(blocks.key_rows(key_block).split(2**tag)):
+                rows = run[real[run]]
+                if not len(rows):
                     continue
                 if (key_block, tag, start) not in place:
                     place[key_block, tag, start] = len(weights)
-                    weights.append(torch.zeros(blocks.grid.tokens))
-                    weights[-1][tokens] = 1 / len(tokens)
-                    visible.append(torch.zeros(blocks.grid.tokens, dtype=torch.bool))
-                visible[place[key_block, tag, start]][blocks.query_tokens(row)] = True
+                    weights.append(torch.zeros(len(real)))
+                    weights[-1][rows] = 1 / len(rows)
+                    visible.append(torch.zeros(queries, dtype=torch.bool))
+                visible[place[key_block, tag, start]][blocks.query_rows(row)] = True
     if not weights:
-        return real.new_zeros(0, len(real)).float(), real.new_zeros(len(real), 0), []
+        return real.new_zeros(0, len(real)).float(), real.new_zeros(queries, 0), []
     return torch.stack(weights), torch.stack(visible, 1), [run[:2] for run in place]

@@ -39,19 +39,13 @@ def block_of(offsets: Tensor) -> Tensor:
     return ragged(offsets.diff())[0]
 
 
-def real_tokens(grid: TokenGrid, runs: Tiling) -> Tensor:
-    """How many tokens of each run are not padded text, int64 `[batch or 1, runs]`.
+def real_tokens(grid: TokenGrid, tokens: Tensor, runs: Tiling) -> Tensor:
+    """How many of the raster `tokens` of each run are not padded text, int64 `[batch or 1, runs]`.
 
-    Text keeps its place in every order and its padding is its end, so they are the first ones.
+    Text is in raster order and its padding is its end, so they are the first ones.
     """
     if grid.valid_text is None:
         return runs.count[None]
-    counts = []
-    for valid in grid.valid_text:
-        padding = grid.invalid_text(valid)
-        first, last = (
-            position.clamp(padding.start, padding.stop)
-            for position in (runs.first, runs.first + runs.count)
-        )
-        counts.append(runs.count - (last - first))
-    return torch.stack(counts)
+    real = grid.real(len(grid.valid_text))[:, tokens]
+    before = torch.nn.functional.pad(real.cumsum(1), (1, 0))
+    return before[:, runs.first + runs.count] - before[:, runs.first]

@@ -30,6 +30,11 @@ class Windows:
         offset = self.place[:, keys] - self.low[:, queries]
         return ((offset >= 0) & (offset < self.size[:, queries])).all(0)
 
+    def of(self, queries: Tensor, keys: Tensor) -> "Windows":
+        """Those of some queries and keys (raster tokens, int64 `[n]`, `[m]`), in that order."""
+        low, size = (table.index_select(1, queries) for table in (self.low, self.size))
+        return Windows(low, size, self.place.index_select(1, keys))
+
 
 def windows(axes: list[tuple[Tensor, Tensor | int, Tensor]]) -> Windows:
     """Windows from `(low, size, place)` of each axis, integers of any dtype, `[tokens]` each."""

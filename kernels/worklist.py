@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
-from dit_sparse.kernels.order import raster
+from dit_sparse.kernels.order import ORDERS, raster
 from dit_sparse.kernels.pooled import Pooled, Runs, pooled
 from dit_sparse.kernels.predicates import Predicates, predicates
+from dit_sparse.kernels.shard import Shard
 from dit_sparse.kernels.tiling import Tiling, ragged, real_tokens, tiling
 
 # Times of a masked tile and a group of pooled keys in those of a whole tile, and of a row with
@@ -29,7 +30,7 @@ _MASKED, _POOLED, _ROW = 1.5, 3.5, 0.3
 class Lists(NamedTuple):
     """int32. rows `[rows]`: longest first. bounds `[3 * rows + 1]`: the three lists of each row,
     in `first` (the first position of a tile of keys) and `tile`. query_first, query_count
-    `[query tiles]`. key_count `[batch or 1, key tiles]`: real keys. permutation `[tokens]`.
+    `[query tiles]`. key_count `[batch or 1, key tiles]`: real keys. permutation `[queries]`.
     word_group, interval_group `[heads]`."""
 
     rows: Tensor
@@ -48,7 +49,7 @@ class Lists(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Worklist:
-    """The tables on one device, the order in which keys are gathered, int32 `[tokens]`, and which
+    """The tables on one device, the order in which keys are gathered, int32 `[keys]`, and which
     of the lists are in use."""
 
     lists: Lists
@@ -76,7 +77,7 @@ def worklist(blocks: BlockIndices, block_q: int, block_k: int, device: torch.dev
 def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.device) -> Worklist:
     queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
     rows = blocks.heads * len(queries)
-    real = real_tokens(blocks.grid, keys)
+    real = real_tokens(blocks.grid, blocks.key_raster[blocks.key_permutation], keys)
     rules = predicates(blocks, keys, real, block_k)
     row, key_block, tag = _entries(blocks, queries)
     runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
@@ -104,7 +105,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
         query_first=queries.first.int(),
         query_count=queries.count.int(),
         key_count=real.int(),
-        permutation=blocks.permutation.int(),
+        permutation=_sequence(blocks, blocks.queries, blocks.permutation, device),
         word_group=rules.word_group.clamp_min(0).int(),
         interval_group=rules.interval_group.clamp_min(0).int(),
         query_tiles=len(queries),
@@ -119,11 +120,21 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
         ),
         pooled=_moved(groups, device),
         runs=_moved(runs, device),
-        key_permutation=blocks.key_permutation.int().to(device),
+        key_permutation=_sequence(blocks, blocks.keys, blocks.key_permutation, device),
         rows=rows,
         permuted=blocks.order != raster(),
         masked=bool((section == 1).any()),
     )
+
+
+def _sequence(
+    blocks: BlockIndices, shard: Shard | None, permutation: Tensor, device: torch.device
+) -> Tensor:
+    """A permutation on the device, int32; one for all lists in the same order."""
+    if blocks.order is None:
+        return permutation.int().to(device)
+    key = blocks.order, replace(blocks.grid, valid_text=None), shard, device
+    return ORDERS.get(key, lambda: permutation.int().to(device))
 
 
 def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Tensor]:

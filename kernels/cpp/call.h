@@ -11,13 +11,14 @@ struct Operand {
 // A pattern as kernels/windows.py describes it; the same for every head that has it.
 struct Windows {
   int64_t axes;
-  const int32_t *low, *size, *place;  // [axes][tokens], raster order
+  const int32_t *low, *size;  // [axes][queries], in the order of the tensors' rows
+  const int32_t* place;       // [axes][keys]
 };
 
 struct Call {
   Operand query, key, value, output;
-  float* lse;                    // [batch][heads][tokens]
-  const int64_t *permutation, *key_permutation;  // position of a query, of a key -> token
+  float* lse;                    // [batch][heads][queries]
+  const int64_t *permutation, *key_permutation;  // position of a query, of a key -> its row
   const int64_t *query_offsets, *key_offsets;
   const int32_t *row_pointer, *key_block;
   const int8_t* tag;
@@ -25,8 +26,8 @@ struct Call {
   const Windows* windows;        // of every head
   const int64_t* mask_first;     // [entries]: where in `masks`, -1 where windows decide; or null
   const uint64_t* masks;         // of kernels/bitmasks.py
-  const uint8_t* hidden;         // [batch][tokens], or null if no text is padded
-  int64_t batch, tokens, heads, head_dim, query_blocks, threads;
+  const uint8_t* hidden;         // [batch][keys], or null if no text is padded
+  int64_t batch, queries, keys, heads, head_dim, query_blocks, threads;
   double scale;
   double pv_skip;                // -infinity to leave no values out
   void* parallel;                // GOMP_parallel of the OpenMP that PyTorch runs on, or null

@@ -17,7 +17,7 @@ struct Mass : Reader<Mode, Element> {
        const int64_t* slots, const int64_t* block, float* out, int64_t key_blocks)
       : Reader<Mode, Element>(call, scratch, sample, head) {
     Tile& tile = *scratch.tiles[0];
-    const float* lse = call.lse + (sample * call.heads + head) * call.tokens;
+    const float* lse = call.lse + (sample * call.heads + head) * call.queries;
     for (int i = 0; i < TILE; i++) {
       // A query that saw nothing has no share to give.
       const float known = slots[i] < 0 ? -INFINITY : lse[slots[i]];
@@ -34,7 +34,7 @@ struct Mass : Reader<Mode, Element> {
   }
 
   void step(Tile& tile, int64_t first, int count) {
-    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
+    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.keys : nullptr;
     int keys = 0;
     for (int i = 0; i < count; i++) {
       const int64_t token = call.key_permutation[first + i];

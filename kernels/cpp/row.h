@@ -186,7 +186,7 @@ struct Row : Reader<Mode, Element> {
       // Lanes without a query see nothing: what an earlier row left there would decide when
       // maxima are updated, and so how outputs are rounded.
       for (int i = 0; i < TILE; i++) {
-        const int64_t at = i < count ? axis * call.tokens + tile.tokens[i] : -1;
+        const int64_t at = i < count ? axis * call.queries + tile.tokens[i] : -1;
         tile.low[axis][i] = at < 0 ? 0 : windows.low[at];
         tile.size[axis][i] = at < 0 ? 0 : windows.size[at];
       }
@@ -196,7 +196,7 @@ struct Row : Reader<Mode, Element> {
   // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one. `mask`
   // is where those of a partial block begin.
   void visit(int64_t block, int8_t tag, int64_t mask) {
-    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.tokens : nullptr;
+    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.keys : nullptr;
     const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
     const int64_t start = call.key_offsets[block];
     if (keys && (tag == PARTIAL) != partial) step();
@@ -353,7 +353,7 @@ struct Row : Reader<Mode, Element> {
 
   // Which queries of the tile have the key's place on an axis inside their window.
   const int32_t* mask(Tile& tile, int axis, int key) {
-    const int64_t place = windows.place[axis * call.tokens + scratch.positions[key]];
+    const int64_t place = windows.place[axis * call.keys + scratch.positions[key]];
     const int slot = place & (SLOTS - 1);
     int32_t* inside = tile.inside[axis][slot];
     if (tile.known[axis][slot] != place) {
@@ -378,7 +378,7 @@ struct Row : Reader<Mode, Element> {
       Element* to = (Element*)this->at(call.output, tile.tokens[i]);
       const float* row = scratch.rows + i * scratch.width;
       for (int d = 0; d < call.head_dim; d++) narrow(empty ? 0.f : row[d] * inverse, to[d]);
-      call.lse[(sample * call.heads + head) * call.tokens + tile.tokens[i]] =
+      call.lse[(sample * call.heads + head) * call.queries + tile.tokens[i]] =
           empty ? -INFINITY : (tile.largest[i] + log2f(tile.total[i])) * LN_2;
     }
   }

@@ -39,24 +39,25 @@ static void require(bool holds, const char* what) {
 }
 
 struct Shape {
-  int64_t batch, tokens, heads, head_dim, block_q, block_k, threads;
+  int64_t batch, queries, keys, heads, head_dim, block_q, block_k, threads;
 };
 
 template <class Element>
 static void attend(const Shape& shape, int dtype, double scale, double pv_skip) {
-  const auto [batch, tokens, heads, head_dim, block_q, block_k, threads] = shape;
-  const int64_t size = batch * tokens * heads * head_dim;
-  const auto query = operand<Element>(size), key = operand<Element>(size),
-             value = operand<Element>(size);
+  const auto [batch, queries, keys, heads, head_dim, block_q, block_k, threads] = shape;
+  const int64_t size = batch * queries * heads * head_dim;
+  const int64_t key_size = batch * keys * heads * head_dim;
+  const auto query = operand<Element>(size), key = operand<Element>(key_size),
+             value = operand<Element>(key_size);
   std::vector<Element> output(size);
   for (auto& x : output) narrow(NAN, x);
-  std::vector<float> lse(batch * heads * tokens, NAN);
-  std::vector<int64_t> permutation(tokens);
-  for (int64_t i = 0; i < tokens; i++) permutation[i] = i;
-  std::vector<int64_t> key_permutation = permutation;
+  std::vector<float> lse(batch * heads * queries, NAN);
+  std::vector<int64_t> permutation(queries), key_permutation(keys);
+  for (int64_t i = 0; i < queries; i++) permutation[i] = i;
+  for (int64_t i = 0; i < keys; i++) key_permutation[i] = i;
   std::shuffle(permutation.begin(), permutation.end(), random_bits);
   std::shuffle(key_permutation.begin(), key_permutation.end(), random_bits);
-  const auto query_offsets = cuts(tokens, block_q), key_offsets = cuts(tokens, block_k);
+  const auto query_offsets = cuts(queries, block_q), key_offsets = cuts(keys, block_k);
   const int64_t query_blocks = query_offsets.size() - 1, key_blocks = key_offsets.size() - 1;
   std::vector<int32_t> row_pointer{0}, key_block;
   std::vector<int8_t> tag;
@@ -67,10 +68,10 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
       if (below(3)) {
         key_block.push_back((int32_t)block);
         tag.push_back((int8_t)(below(2) ? below(2) - 1 : below(8)));
-        const int64_t own = row % query_blocks, keys = key_offsets[block + 1] - key_offsets[block];
+        const int64_t own = row % query_blocks, width = key_offsets[block + 1] - key_offsets[block];
         const bool masked = tag.back() == PARTIAL && below(2);
         mask_first.push_back(masked ? masks.size() : -1);
-        for (int64_t word = (query_offsets[own + 1] - query_offsets[own] + TILE - 1) / TILE * keys;
+        for (int64_t word = (query_offsets[own + 1] - query_offsets[own] + TILE - 1) / TILE * width;
              masked && word; word--)
           masks.push_back(random_bits() | (uint64_t)random_bits() << 32);
       }
@@ -82,16 +83,17 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   std::vector<Windows> windows;
   for (int64_t head = 0; head < heads; head++) {
     const int64_t axes = head % (AXES + 1);
-    for (auto [low, high] : {std::pair{-tokens, tokens}, {int64_t(0), 2 * tokens}, {-2, tokens}})
-      tables.push_back(integers(axes * tokens, low, high));
+    tables.push_back(integers(axes * queries, -keys, keys));
+    tables.push_back(integers(axes * queries, 0, 2 * keys));
+    tables.push_back(integers(axes * keys, -2, keys));
     const auto* last = &tables.back();
     windows.push_back({axes, last[-2].data(), last[-1].data(), last[0].data()});
   }
-  std::vector<uint8_t> hidden(batch * tokens);
+  std::vector<uint8_t> hidden(batch * keys);
   for (auto& x : hidden) x = below(4) == 0;
 
   auto whole = [&](const std::vector<Element>& x) {
-    return Operand{x.data(), tokens * heads * head_dim, heads * head_dim, head_dim};
+    return Operand{x.data(), (int64_t)x.size() / batch, heads * head_dim, head_dim};
   };
   masks.shrink_to_fit();
   Call call{};
@@ -113,7 +115,8 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   call.masks = masks.data();
   call.hidden = batch > 1 ? hidden.data() : nullptr;
   call.batch = batch;
-  call.tokens = tokens;
+  call.queries = queries;
+  call.keys = keys;
   call.heads = heads;
   call.head_dim = head_dim;
   call.query_blocks = query_blocks;
@@ -124,9 +127,9 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   for (auto x : output) require(std::isfinite(widened(x)), "an output is missing");
   for (auto x : lse) require(!std::isnan(x), "a sum is missing");
 
-  const int64_t tiles = (tokens + TILE - 1) / TILE;
+  const int64_t tiles = (queries + TILE - 1) / TILE;
   std::vector<int64_t> slots(tiles * TILE, -1), block(tiles * TILE, -1), group{0, tiles};
-  for (int64_t i = 0; i < tokens; i++)
+  for (int64_t i = 0; i < queries; i++)
     if (below(6)) slots[i] = permutation[i], block[i] = below(query_blocks);
   std::vector<float> mass(batch * heads * query_blocks * key_blocks);
   require(!dit_sparse_mass(&call, dtype, slots.data(), block.data(), group.data(), 1, key_blocks,
@@ -137,9 +140,10 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
 
 int main() {
   const Shape shapes[] = {
-      {1, 1, 1, 1, 1, 1, 1},      {1, 63, 2, 13, 64, 64, 2},   {2, 131, 6, 40, 100, 48, 2},
-      {2, 97, 5, 88, 7, 130, 3},  {1, 200, 3, 128, 130, 65, 2}, {1, 70, 2, 256, 33, 200, 1},
-      {3, 65, 1, 16, 65, 1, 4},
+      {1, 1, 1, 1, 1, 1, 1, 1},         {1, 63, 63, 2, 13, 64, 64, 2},
+      {2, 131, 90, 6, 40, 100, 48, 2},  {2, 97, 97, 5, 88, 7, 130, 3},
+      {1, 30, 200, 3, 128, 130, 65, 2}, {1, 70, 1, 2, 256, 33, 200, 1},
+      {3, 65, 130, 1, 16, 65, 1, 4},
   };
   int calls = 0;
   for (const auto& shape : shapes)

@@ -11,7 +11,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "kernels"
 
 
-@pytest.mark.parametrize("module", ["grid", "pattern", "blocks"])
+@pytest.mark.parametrize("module", ["grid", "pattern", "blocks", "shard"])
 def test_docstring_examples(module: str):
     result = doctest.testmod(importlib.import_module(f"dit_sparse.kernels.{module}"))
     assert result.attempted > 0

@@ -21,6 +21,8 @@ from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import pixel_major, raster, tile
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
+from tests.kernels.shards import GRID as SHARDED
+from tests.kernels.shards import draw, every_shard, held, kept_by
 
 GRIDS = [
     TokenGrid(4, 4, 8),
@@ -106,6 +108,22 @@ def test_every_pattern_at_once(grid, block_q, block_k, order, run, operands, mas
     query, key, value = operands(grid.tokens, len(patterns), 16)
     kept = torch.stack([pattern.mask(grid) for pattern in patterns])
     expected = masked_attention(query, key, value, kept)
+    assert_close(run(query, key, value, blocks), expected)
+
+
+@every_shard
+@pytest.mark.parametrize("order", [raster(), tile(2, 3, 4)], ids=str)
+@pytest.mark.parametrize("valid_text", [None, (5, 0)])
+def test_shards_of_queries_and_keys(
+    queries, keys, order, valid_text, run, operands, masked_attention
+):
+    grid = SHARDED
+    if valid_text is not None:
+        grid = replace(grid, text_before=0, text_after=13, valid_text=valid_text)
+    of_query, of_key = held(queries, grid), held(keys, grid)
+    blocks = block_indices(PATTERNS, grid, order, 16, 24, queries=queries, keys=keys)
+    query, key, value = draw(of_query, of_key, len(PATTERNS), operands)
+    expected = masked_attention(query, key, value, kept_by(PATTERNS, grid, of_query, of_key))
     assert_close(run(query, key, value, blocks), expected)
 
 

@@ -1,11 +1,13 @@
 """The static gate: reading machine code, telling a worsening, and the kernels themselves."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from dit_sparse.kernels import static_gate
 from dit_sparse.kernels.sass import Loop, missing_tools, parse
+from dit_sparse.static_bench import static_bench
 
 LISTING = """
         /*0000*/                   LDL R1, [R2] ;
@@ -64,3 +66,48 @@ def test_hopper_kernels_keep_their_bars():
     found = static_gate.rows([90], [128], ["whole", "partial"])
     assert static_gate.worsened(found, static_gate.stored_rows()) == []
     assert all(row["mma"] and row["async_copies"] for row in found)
+
+
+@pytest.fixture
+def stored() -> list[static_gate.Row]:
+    """The figures that the repository holds for the installed Triton."""
+    found = static_gate.stored_rows()
+    if not found:
+        pytest.skip(f"no {static_gate.stored_path().name}; see static_gate.store")
+    return found
+
+
+def test_figures_of_every_kernel_are_stored(stored: list[static_gate.Row]):
+    expected = itertools.product(
+        static_gate.ARCHITECTURES, static_gate.HEAD_DIMS, static_gate.KERNELS
+    )
+    assert {static_gate._key(row) for row in stored} == set(expected)
+    assert static_gate.worsened(stored, stored) == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "change"),
+    [("instructions", 1.03), ("registers", 1.06), ("loop_ratio", 1.02), ("mma", 0.5)],
+)
+def test_a_figure_worse_than_the_stored_one_fails(
+    stored: list[static_gate.Row], figure: str, change: float, monkeypatch: pytest.MonkeyPatch
+):
+    for row in stored:
+        worse = row | {figure: row[figure] * change}
+        monkeypatch.setattr(static_gate, "rows", lambda worse=worse: [worse])
+        where = f"sm_{row['arch']} head_dim {row['head_dim']} {row['kernel']}: {figure}"
+        with pytest.raises(ValueError, match=f"the compiled kernels got worse:\n  {where}"):
+            static_bench(json_output=True)
+
+
+def test_one_more_spill_than_stored_fails(stored: list[static_gate.Row]):
+    for row in stored:
+        assert static_gate.worsened([row | {"spills": row["spills"] + 1}], stored)
+
+
+def test_what_is_stored_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(static_gate, "STORED", tmp_path / "static")
+    static_gate.store([ROW])
+    path = static_gate.store([ROW | {"kernel": "mass"}, ROW | {"instructions": 500}])
+    assert path == static_gate.stored_path()
+    assert static_gate.stored_rows() == [ROW | {"kernel": "mass"}, ROW | {"instructions": 500}]

@@ -27,7 +27,10 @@ from dit_sparse.kernels.counts import cut
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import pixel_major, raster, tile
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
+from dit_sparse.kernels.shard import Shard
 from dit_sparse.kernels.target import Tiles
+from tests.kernels.shards import GRID as SHARDED
+from tests.kernels.shards import HALF, RANK, every_shard
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
@@ -58,6 +61,8 @@ def draw(grid: TokenGrid, heads: int, head_dim: int, dtype: torch.dtype, batch: 
 
 def check(blocks: BlockIndices, head_dim: int, dtype: torch.dtype, batch: int = 2, **options):
     query, key, value = draw(blocks.grid, blocks.heads, head_dim, dtype, batch)
+    query = query[:, blocks.query_raster].contiguous()
+    key, value = (x[:, blocks.key_raster].contiguous() for x in (key, value))
     check_on(query, key, value, blocks, **options)
 
 
@@ -166,6 +171,43 @@ def test_queries_and_keys_in_orders_of_their_own(valid_text: tuple[int, int] | N
     tags = torch.randint(-2, 4, shape, generator=torch.Generator().manual_seed(3)).to(torch.int8)
     tags[tags == -1] = -2
     check(from_cuts(tags, grid, sides, (16, 24)), 40, torch.float32)
+
+
+@every_shard
+def test_shards_of_queries_and_keys(queries: Shard | None, keys: Shard | None):
+    """Words, intervals, whole tiles and empty rows; the reference is tested by itself."""
+    patterns = [Neighborhood((2, 3, 3)), Band(11), Full(), Skip()]
+    blocks = block_indices(patterns, SHARDED, tile(2, 3, 4), 32, 16, queries=queries, keys=keys)
+    check(blocks, 32, torch.float32, 1)
+
+
+@pytest.mark.parametrize("queries", [None, RANK])
+def test_shards_in_raster_order_and_half_precision(queries: Shard | None):
+    patterns = [Neighborhood((2, 3, 3)), Band(11)]
+    blocks = block_indices(patterns, SHARDED, raster(), 32, 64, queries=queries, keys=HALF)
+    check(blocks, 40, torch.bfloat16, 1)
+
+
+@pytest.mark.parametrize("queries", [None, RANK])
+def test_padded_text_and_pooled_keys_of_shards(queries: Shard | None):
+    grid = replace(SHARDED, text_before=0, text_after=13, valid_text=(5, 0))
+    patterns = [Neighborhood((2, 3, 3)), Band(11)]
+    blocks = block_indices(patterns, grid, tile(2, 3, 4), 32, 24, 2, queries=queries, keys=HALF)
+    check(blocks, 40, torch.float32)
+
+
+def test_mass_of_shards():
+    from dit_sparse.kernels.mass import _plain
+    from dit_sparse.kernels.mass_triton import block_mass
+
+    grid = replace(SHARDED, text_before=0, text_after=13, valid_text=(5, 0))
+    blocks = block_indices([Full()] * 2, grid, tile(2, 3, 4), 32, 24, queries=RANK, keys=HALF)
+    query, key, _ = draw(grid, 2, 40, torch.float32)
+    query, key = query[:, blocks.query_raster], key[:, blocks.key_raster]
+    call = AttentionCall(query, key, key, blocks, 0.2)
+    lse = torch.zeros(2, 2, query.shape[1], device=DEVICE)
+    found, expected = block_mass(call, lse, 16), _plain(call, lse, 16)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pv_skip", [-0.5, -2.0, -torch.inf])
