@@ -85,7 +85,7 @@ def _check(call: AttentionCall) -> None:
             f"query must be [batch, tokens, heads, head_dim], got shape {tuple(query.shape)}"
         )
     batch, tokens, heads, head_dim = query.shape
-    keys = len(blocks.key_raster) if blocks.sharded else tokens
+    keys = len(blocks.key_permutation) if blocks.sharded else tokens
     for name, other in (("key", call.key), ("value", call.value)):
         for what in ("dtype", "device"):
             expected, came = getattr(query, what), getattr(other, what)
@@ -99,9 +99,9 @@ def _check(call: AttentionCall) -> None:
             )
     if not query.is_floating_point():
         raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
-    if blocks.queries is not None and tokens != len(blocks.query_raster):
+    if blocks.queries is not None and tokens != len(blocks.permutation):
         raise ValueError(
-            f"the blocks are for {len(blocks.query_raster)} queries, {blocks.queries} of grid "
+            f"the blocks are for {len(blocks.permutation)} queries, {blocks.queries} of grid "
             f"{blocks.grid}, got {tokens}; build them with block_indices(queries=) for those"
         )
     if blocks.queries is None and tokens != blocks.grid.tokens:

@@ -25,7 +25,7 @@ from dit_sparse.kernels.counts import Cut, cuts
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Pattern
-from dit_sparse.kernels.shard import Shard
+from dit_sparse.kernels.shard import Shard, raster_tokens
 from dit_sparse.kernels.visited import ABSENT as ABSENT
 from dit_sparse.kernels.visited import MOST_POOLED as MOST_POOLED
 from dit_sparse.kernels.visited import PARTIAL as PARTIAL
@@ -55,7 +55,7 @@ class BlockIndices:
     the sequences `permutation` of queries and `key_permutation` of keys (position -> row of the
     tensor, which is the raster token where the tensor holds all of them), cut at `query_offsets`
     and `key_offsets`. All tensors are on the CPU and must not be written to; two values are equal
-    only if they are the same object, so that backends can keep what they prepared for one.
+    only if they are one object, so that backends can keep what they prepared.
 
     Attributes:
         grid: where the tokens stand, with the valid text of each sample.
@@ -70,7 +70,6 @@ class BlockIndices:
         kept: int64 `[heads]`, pairs of tokens that each head keeps.
         patterns: one for each head; `None` if the list came from a table of blocks.
         queries, keys: the tokens that query, and key and value, hold; `None` if they hold all.
-        query_raster, key_raster: int64 `[queries]`, `[keys]`, raster token of each row.
         handle: a number by which operators of PyTorch name this object; see `by_handle`.
     """
 
@@ -90,17 +89,9 @@ class BlockIndices:
     patterns: tuple[Pattern, ...] | None
     queries: Shard | None = None
     keys: Shard | None = None
-    query_raster: Tensor = field(init=False)
-    key_raster: Tensor = field(init=False)
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
-        tokens = {
-            shard: torch.arange(self.grid.tokens) if shard is None else shard.tokens()
-            for shard in (self.queries, self.keys)
-        }
-        object.__setattr__(self, "query_raster", tokens[self.queries])
-        object.__setattr__(self, "key_raster", tokens[self.keys])
         reason = self._fault()
         if reason is not None:
             raise ValueError(f"not a list of blocks: {reason}")
@@ -110,8 +101,7 @@ class BlockIndices:
     def _fault(self) -> str | None:
         """What kernels would trip over: they read these tensors unchecked."""
         for shard in (self.queries, self.keys):
-            reason = shard and shard.refusal(self.grid)
-            if reason is not None:
+            if shard and (reason := shard.refusal(self.grid)) is not None:
                 return reason
         rows = self.heads * (len(self.query_offsets) - 1)
         entries, queries, keys = map(len, (self.key_block, self.query_raster, self.key_raster))
@@ -161,6 +151,16 @@ class BlockIndices:
         return len(self.key_offsets) - 1
 
     @property
+    def query_raster(self) -> Tensor:
+        """Raster token of each row of the query, int64 `[queries]`."""
+        return raster_tokens(self.queries, self.grid)
+
+    @property
+    def key_raster(self) -> Tensor:
+        """Raster token of each row of key and value, int64 `[keys]`."""
+        return raster_tokens(self.keys, self.grid)
+
+    @property
     def sharded(self) -> bool:
         """Whether queries or keys are only some of the tokens."""
         return self.queries is not None or self.keys is not None
@@ -189,9 +189,8 @@ class BlockIndices:
 
     def density(self) -> Density:
         """The three densities, exact."""
-        rows = torch.arange(self.heads * self.query_blocks).repeat_interleave(
-            self.row_pointer.diff()
-        )
+        entries = self.row_pointer.diff()
+        rows = torch.arange(len(entries)).repeat_interleave(entries)
         queries = self.query_offsets.diff()[rows % self.query_blocks]
         visited = queries * self.key_offsets.diff()[self.key_block]
         total = self.heads * len(self.query_raster) * len(self.key_raster)

@@ -93,7 +93,7 @@ def work_of(blocks: BlockIndices, batch: int = 1) -> Work:
         pairs = queries * blocks.key_offsets.diff()[blocks.key_block] / _BLOCK**2
         pairs = pairs / 2.0 ** blocks.tag.clamp_min(0)
         partial = float(pairs[blocks.tag == PARTIAL].sum())
-        tokens = len(blocks.query_raster) * blocks.heads
+        tokens = len(blocks.permutation) * blocks.heads
         work = Work(tokens / _BLOCK, float(pairs.sum()) - partial, partial)
         _single[blocks] = work
     return Work(work.query_blocks * batch, work.whole * batch, work.partial * batch)

@@ -74,7 +74,7 @@ def _plain(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     real = blocks.grid.real(len(call.query))[:, blocks.key_raster[keys]]
     hidden = rearrange(~real, "b j -> b 1 1 j").to(device)
     places = (
-        list(torch.arange(len(blocks.query_raster)).tensor_split(blocks.query_offsets[1:-1]))
+        list(torch.arange(len(blocks.permutation)).tensor_split(blocks.query_offsets[1:-1]))
         if rows is None
         else [row[row >= 0] for row in sampled_rows(blocks.query_offsets, rows)]
     )

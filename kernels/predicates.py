@@ -97,7 +97,7 @@ def predicates(blocks: BlockIndices, keys: Tiling, real: Tensor, block_k: int) -
     axes = [max((len(group.low) for group in kind), default=0) for kind in groups]
     return Predicates(
         _words([_padded(g, axes[0]) for g in groups[0]], keys, real, block_k),
-        _intervals([_padded(g, axes[1]) for g in groups[1]], len(blocks.key_raster), block_k),
+        _intervals([_padded(g, axes[1]) for g in groups[1]], len(blocks.key_permutation), block_k),
         numbers[0],
         numbers[1],
         axes[0],

@@ -83,7 +83,7 @@ def _left_out(
             keys = blocks.key_rows(key_block)
             if tag > WHOLE:
                 own = [number for number, run in enumerate(runs) if run == (key_block, tag)]
-                keys = torch.tensor(own, dtype=torch.int64) + len(blocks.key_raster)
+                keys = torch.tensor(own, dtype=torch.int64) + len(blocks.key_permutation)
             if not len(keys):
                 continue
             inside = logits[queries, keys].amax(1)
@@ -98,7 +98,7 @@ def _pooled(
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     """The runs of pooled keys that `head` sees: weights `[runs, keys]` that take their means,
     which query sees which run, bool `[queries, runs]`, and the block and tag of each run."""
-    weights, visible, place, queries = [], [], {}, len(blocks.query_raster)
+    weights, visible, place, queries = [], [], {}, len(blocks.permutation)
     for row in range(blocks.query_blocks):
         for key_block, tag in blocks.entries(head, row):
             if tag <= WHOLE:

@@ -47,3 +47,9 @@ class Shard:
 
     def __str__(self) -> str:
         return ", ".join(f"{first}..{stop - 1}" for first, stop in self.runs)
+
+
+def raster_tokens(shard: Shard | None, grid: TokenGrid) -> Tensor:
+    """Raster token of each row of a tensor that holds `shard` of `grid`, or if that is `None` all
+    of it; int64 `[rows]`."""
+    return torch.arange(grid.tokens) if shard is None else shard.tokens()

@@ -180,7 +180,8 @@ class GroupAttention:
             recall = self._recall(operands, parts) if watched else None
         if not self._schedule.renews_again:
             lse = centroids = None
-        if group.oracle:
+        # Every search has a dense pass of its own: an oracle's, or that of a cache which is kept.
+        if group.oracle or (group.remainder.cached and self._cache_limit is None):
             lse = None
         return Found(step, parts, lse, recall, centroids)
 

@@ -55,17 +55,26 @@ class Phase:
         )
 
     def kept_bytes(
-        self, model: Mapping[str, ModelFingerprint], grid: TokenGrid, batch: int, again: bool
+        self,
+        model: Mapping[str, ModelFingerprint],
+        grid: TokenGrid,
+        batch: int,
+        *,
+        again: bool,
+        limited: bool,
     ) -> tuple[int, int]:
         """Memory that one guidance branch keeps between steps on `grid`: caches of remainders,
-        and if searches come `again`, the LSEs and centroids that they start from."""
+        and if searches come `again`, the LSEs and centroids that they start from. A head with a
+        cache has a dense pass at every search, unless caches are `limited` and it may lose its
+        own."""
         caches = searches = 0
         for layer, pattern, remainder in self.heads:
             head_dim = model[layer.partition(".")[0]].head_dim
             caches += cache_bytes(remainder, batch, grid.tokens, 1, head_dim)
             if not isinstance(pattern, Scored) or not again:
                 continue
-            if pattern.score.needs_lse and not isinstance(pattern.score, Oracle):
+            dense = isinstance(pattern.score, Oracle) or (remainder.cached and not limited)
+            if pattern.score.needs_lse and not dense:
                 searches += batch * grid.tokens * LSE_BYTES
             if isinstance(pattern.score, Clustered):
                 searches += centroid_bytes(pattern.score, grid, batch, head_dim)

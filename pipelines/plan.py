@@ -203,8 +203,10 @@ class Plan:
         searches; of the phase that keeps most."""
         most = 0
         for phase in self.phases:
-            again = self.schedule.renews_again
-            caches, searches = phase.kept_bytes(self.model, grid, batch, again)
+            limited, again = self.cache_limit is not None, self.schedule.renews_again
+            caches, searches = phase.kept_bytes(
+                self.model, grid, batch, again=again, limited=limited
+            )
             if self.cache_limit is not None:
                 caches = min(caches, self.cache_limit)
             most = max(most, caches + searches)

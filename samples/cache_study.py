@@ -137,9 +137,8 @@ def _restricted(plan: Plan, where: Where, grid: TokenGrid) -> Plan:
         case "all heads":
             return plan
         case "half of the bytes":
-            # Each of the two guidance branches would keep as much, and LSEs that no limit counts.
-            lses = replace(plan, remainders={}).cache_bytes(grid)
-            return replace(plan, cache_limit=plan.cache_bytes(grid) - lses)
+            # Each of the two guidance branches would keep as much.
+            return replace(plan, cache_limit=plan.cache_bytes(grid))
         case "first head of each layer":
             some = {
                 layer: (rest[0], *(Drop(),) * (len(rest) - 1))

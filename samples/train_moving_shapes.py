@@ -83,6 +83,7 @@ def judge(folder: Path, logs: Path) -> None:
         "num_inference_steps": GENERATION["steps"],
         "guidance_scale": GENERATION["guidance"],
     }
+    logs.mkdir(parents=True, exist_ok=True)
     masses = head_masses(pipe, HEADS_STEPS, prompt=HEADS_PROMPT, generator=seeded(), **call)
     (logs / "heads.md").write_text(table(masses) + "\n")
     rows, machine = [], environment()

@@ -19,13 +19,13 @@ from dit_sparse.kernels.remainder import Remainder
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.schedule import Schedule
 
-DECAY, FLOOR = 15.0, 0.01
+DECAY, FLOOR = 15.0, 0.02
 """Where it is not measured, an error after a share u of the steps counts `exp(-DECAY u) + FLOOR`.
 
 What is drawn is settled in the first steps, which blow errors up; later ones go into the video as
 they are. On the sample model, with blocks of mass at .3, the squared error of the video for each
 unit of error is above .08 in steps 1 to 3 of 20, .006 in 4 to 6, and between .001 and .004 in all
-that come after.
+that come after; over whole plans this order of errors agrees with that of their videos best.
 """
 
 

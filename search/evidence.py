@@ -335,7 +335,9 @@ class Evidence:
     def _bytes(self, keeping: Keeping, numbers: list[int], schedule: Schedule) -> Tensor:
         """Kept by some candidates of every layer, over all guidance branches."""
         tokens, remainders = self.grid.tokens, self.space.remainders
-        lse = LSE_BYTES * tokens if keeping.lse and schedule.renews_again else 0
+        # A head with a cache has a dense pass at every search.
+        again = keeping.lse and not keeping.cache and schedule.renews_again
+        lse = LSE_BYTES * tokens if again else 0
         each = {
             dim: [cache_bytes(remainder, 1, tokens, 1, dim) for remainder in remainders]
             for dim in self.head_dim

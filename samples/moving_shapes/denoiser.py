@@ -36,6 +36,9 @@ NO_PROMPT_SHARE = 0.1
 LONGEST_PROMPT = 14
 """Tokens of a prompt with two shapes and its end."""
 
+MODELS = ("model", "average", "before")
+"""In a checkpoint: as trained, averaged over the steps, and averaged before the stage."""
+
 WEIGHT_AVERAGE = 0.99
 LEARNING_RATE = 1e-3
 
@@ -45,7 +48,8 @@ class Stage:
     """A part of the curriculum: clips of `size` (frames, height, width), `samples` of them.
 
     The learning rate falls to the share `final` of itself. Of the clips with one shape the share
-    `singles` is kept: the motion of two is what the model learns last.
+    `singles` is kept: the motion of two is what the model learns last. In the weights that are
+    averaged over the steps, those from before the stage keep the share `before`.
     """
 
     size: tuple[int, int, int]
@@ -54,6 +58,7 @@ class Stage:
     learning_rate: float
     final: float = 0.5
     singles: float = 1.0
+    before: float = 0.0
 
 
 CURRICULUM = (
@@ -65,7 +70,7 @@ CURRICULUM = (
     Stage((29, 48, 48), 8, 2_000, 1e-3, final=0.3),
     Stage((29, 64, 64), 4, 2_000, 7e-4, final=0.02),
     Stage((29, 64, 64), 4, 5_200, 8e-4, final=0.02, singles=0.2),
-    Stage((29, 64, 64), 4, 3_000, 2.5e-4, final=0.02, singles=0.2),
+    Stage((29, 64, 64), 4, 3_000, 2.5e-4, final=0.02, singles=0.2, before=0.5),
 )
 
 
@@ -141,7 +146,7 @@ def train_denoiser(
     model = build_denoiser()
     if weights is not None:
         model.load_state_dict(weights)
-    average = copy.deepcopy(model).requires_grad_(False)
+    average, before = (copy.deepcopy(model).requires_grad_(False) for _ in range(2))
     padded: Any = PaddedOnce()
     for name, module in model.named_modules():
         if name.endswith("attn2") and isinstance(module, WanAttention):
@@ -151,12 +156,14 @@ def train_denoiser(
     compiled = torch.compile(model, dynamic=False)
     begin, done = 0, 0
     if state := progress.load():
-        _restore(state, model, average, optimizers)
+        _restore(state, (model, average, before), optimizers)
         begin, done = state["stage"], state["step"]
     for index in range(begin, len(curriculum)):
         stage = curriculum[index]
         steps = stage.samples // stage.batch
         drawn = Latents(components, stage, f"latents {index} {done}")
+        if not done:
+            before.load_state_dict(average.state_dict())
         losses: list[float] = []
         for step in range(done + 1, steps + 1):
             rate = stage.learning_rate * _schedule(step, steps, stage.final)
@@ -169,9 +176,11 @@ def train_denoiser(
                 progress.log(
                     f"grid {stage.size} step {step}/{steps} loss {fmean(losses[-25:]):.4f}"
                 )
-            progress.save(_state(model, average, optimizers, index, step))
+            progress.save(_state((model, average, before), optimizers, index, step))
         done = 0
-        progress.save(_state(model, average, optimizers, index + 1, 0), now=True)
+        for mean, earlier in zip(average.parameters(), before.parameters(), strict=True):
+            mean.lerp_(earlier, stage.before)
+        progress.save(_state((model, average, before), optimizers, index + 1, 0), now=True)
     return average.eval()
 
 
@@ -228,15 +237,14 @@ def _schedule(step: int, steps: int, final: float) -> float:
 
 
 def _state(
-    model: WanTransformer3DModel,
-    average: WanTransformer3DModel,
+    models: tuple[WanTransformer3DModel, ...],
     optimizers: tuple[torch.optim.Optimizer, ...],
     stage: int,
     step: int,
 ) -> dict[str, Any]:
+    weights = zip(MODELS, (model.state_dict() for model in models), strict=True)
     return {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
+        **dict(weights),
         "optimizers": [o.state_dict() for o in optimizers],
         "stage": stage,
         "step": step,
@@ -245,11 +253,10 @@ def _state(
 
 def _restore(
     state: dict[str, Any],
-    model: WanTransformer3DModel,
-    average: WanTransformer3DModel,
+    models: tuple[WanTransformer3DModel, ...],
     optimizers: tuple[torch.optim.Optimizer, ...],
 ) -> None:
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
+    for name, model in zip(MODELS, models, strict=True):
+        model.load_state_dict(state[name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

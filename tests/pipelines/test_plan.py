@@ -104,7 +104,7 @@ def test_G12_phases_travel_with_the_plan(plan: Plan, phased: Plan, tmp_path: Pat
 
 
 def test_a_plan_keeps_what_its_largest_phase_keeps(phased: Plan) -> None:
-    caches = phased.phases[1].kept_bytes(phased.model, GRID, 1, again=False)
+    caches = phased.phases[1].kept_bytes(phased.model, GRID, 1, again=False, limited=False)
     assert caches == (5 * 48 * (12 * 2 + 4), 0)
     assert phased.cache_bytes(GRID) == caches[0]
     assert dataclasses.replace(phased, cache_limit=100).cache_bytes(GRID) == 100
