@@ -4,7 +4,7 @@
     python samples/train_moving_shapes.py --more 2000        # go on from the repository's state
     python samples/train_moving_shapes.py --judge            # only judge
 
-About five hours on two cores. Checkpoints lie in `--work`. The repository holds the
+About six hours on two cores. Checkpoints lie in `--work`. The repository holds the
 denoiser's last, unaveraged weights (`samples/training/denoiser.safetensors`), from which `--more`
 goes on at the default grid; the optimizers start anew then, behind a warm-up.
 """
