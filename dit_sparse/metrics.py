@@ -11,14 +11,10 @@ from statistics import fmean, stdev
 
 import torch
 from einops import rearrange
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional.image import structural_similarity_index_measure
 
+from dit_sparse.search.fidelity import PSNR_CAP, frame_psnr
 from dit_sparse.video import Frames
-
-PSNR_CAP = 100.0  # dB; of identical frames, whose ratio is infinite
 
 CONVENTIONS = {
     "frames": "8-bit RGB, before encoding",
@@ -63,7 +59,7 @@ def quality(reference: Frames, frames: Frames) -> Quality:
         rearrange(torch.from_numpy(video).double(), "f h w c -> f c h w")
         for video in (reference, frames)
     )
-    psnr = torch.stack([_psnr(a, b) for a, b in zip(came, wanted, strict=True)])
+    psnr = torch.stack([frame_psnr(a, b, 255.0) for a, b in zip(came, wanted, strict=True)])
     # One frame at a time: SSIM's intermediates are some 15 times the size of its input.
     ssim = torch.stack([_ssim(a[None], b[None]) for a, b in zip(came, wanted, strict=True)])
     return Quality(psnr.mean().item(), ssim.mean().item())
@@ -72,11 +68,6 @@ def quality(reference: Frames, frames: Frames) -> Quality:
 def summarize(values: Sequence[float]) -> Summary:
     """Mean, sample standard deviation (0 for a single value) and lowest value."""
     return Summary(fmean(values), stdev(values) if len(values) > 1 else 0.0, min(values))
-
-
-def _psnr(frame: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    value = peak_signal_noise_ratio(frame, reference, data_range=255.0)
-    return value.clamp(max=PSNR_CAP)
 
 
 def _ssim(frame: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.blocks import block_density
+from dit_sparse.kernels.column_mass import column_mass
 from dit_sparse.kernels.error import pattern_error
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Choice, Full, Pattern
 from dit_sparse.kernels.rows import sample_rows, valid_tokens
-from dit_sparse.kernels.stripes import Stripes, column_mass
+from dit_sparse.kernels.stripes import Stripes
 
 
 def chosen_patterns(

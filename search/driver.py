@@ -26,7 +26,6 @@ from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.columns import column_counts
 from dit_sparse.search.course import schedules as all_schedules
 from dit_sparse.search.course import sightings
 from dit_sparse.search.evidence import Evidence
@@ -37,7 +36,7 @@ from dit_sparse.search.observer import Scoring
 from dit_sparse.search.propagation import importance, propagation
 from dit_sparse.search.record import Record, Seen
 from dit_sparse.search.solution import solve
-from dit_sparse.search.space import KINDS, Space, check_kinds, patterns, remainders
+from dit_sparse.search.space import KINDS, Space, check_kinds, column_counts, patterns, remainders
 from dit_sparse.search.timing import StepTimes, Timing
 
 PROPAGATED = 0.4

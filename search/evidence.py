@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.column_mass import largest
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, cache_bytes
@@ -20,7 +21,6 @@ from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines.phase import LSE_BYTES, Phase
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search.columns import columns
 from dit_sparse.search.course import Keeping, Sightings, courses
 from dit_sparse.search.space import Candidate, Space, search_cost
 
@@ -117,7 +117,7 @@ class Evidence:
             return Candidate(self.space.patterns[slot], rest)
         count = self.space.column_counts[slot - len(self.space.patterns)]
         mass = self.column_mass[layer, head]
-        return Candidate(columns(mass, count, self.grid, self.block), rest)
+        return Candidate(largest(mass, count, self.grid, self.block), rest)
 
     def number(self, layer: int, head: int, candidate: Candidate) -> int | None:
         """Which of the candidates of a head this is; `None` if it was not tried."""

@@ -40,7 +40,7 @@ def mean_psnr(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
     return fmean(
         torch.stack(
             [
-                peak_signal_noise_ratio(came, wanted, data_range=1.0).clamp(max=PSNR_CAP)
+                frame_psnr(came, wanted, 1.0)
                 for came, wanted in zip(video.double(), reference.double(), strict=True)
             ]
         )
@@ -48,6 +48,11 @@ def mean_psnr(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:
         .item()
         for reference, video in zip(references, videos, strict=True)
     )
+
+
+def frame_psnr(frame: Tensor, reference: Tensor, peak: float) -> Tensor:
+    """PSNR in dB of a frame whose values reach `peak`, at most `PSNR_CAP`."""
+    return peak_signal_noise_ratio(frame, reference, data_range=peak).clamp(max=PSNR_CAP)
 
 
 def distance(references: Sequence[Tensor], videos: Sequence[Tensor]) -> float:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.column_mass import largest
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Columns, Full
 from dit_sparse.kernels.remainder import Drop, Pooled
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search.columns import columns
 from dit_sparse.search.course import Sightings
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.latency import relative_times
@@ -93,7 +93,7 @@ def _prices(
 
     Columns of one count differ by at most a short block; they are priced by the first head's.
     """
-    own = [columns(mass[0, 0], count, grid, block) for count in space.column_counts]
+    own = [largest(mass[0, 0], count, grid, block) for count in space.column_counts]
     candidates = [
         Candidate(pattern, remainder)
         for pattern in (*space.patterns, *own)

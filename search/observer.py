@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import WHOLE, block_indices
+from dit_sparse.kernels.column_mass import column_mass, largest
 from dit_sparse.kernels.error import Distance, Metric, row_counts
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import raster
@@ -30,7 +31,6 @@ from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.scored_blocks import geometry
 from dit_sparse.kernels.selection import select_blocks
 from dit_sparse.pipelines.capture import AttentionSite
-from dit_sparse.search.columns import column_mass, columns
 from dit_sparse.search.course import Sightings
 from dit_sparse.search.lens import Lens, Sight
 from dit_sparse.search.space import Space
@@ -274,7 +274,7 @@ class Scoring:
             return ()
         masks = []
         for count in self._space.column_counts:
-            heads = [columns(m, count, self._grid, self._block) for m in self.column_mass[layer]]
+            heads = [largest(m, count, self._grid, self._block) for m in self.column_mass[layer]]
             masks.append(torch.stack([p.rows(self._grid, self._rows) for p in heads]))
         slots = range(len(self._space.patterns), self._space.slots)
         return (Sight(tuple(slots), tuple(masks), None, None),)

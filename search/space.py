@@ -2,7 +2,7 @@
 
 The space is a ladder of densities for every kind of pattern: bands in both orders, boxes of
 several proportions, blocks found while denoising, and the two ends, full and skip; each with each
-remainder. Columns are chosen by looking at a head and live in `columns.py`. Schedules are the
+remainder. Columns are chosen by looking at a head. Schedules are the
 third factor, see `course.py`.
 """
 
@@ -91,6 +91,13 @@ class Candidate:
     def __str__(self) -> str:
         rest = "" if self.remainder == Drop() else f" with {self.remainder}"
         return f"{self.pattern}{rest}"
+
+
+def column_counts(grid: TokenGrid, block: int) -> tuple[int, ...]:
+    """How many key blocks the candidates of columns keep: one count per density of the ladder."""
+    blocks = math.ceil(grid.video / block)
+    counts = dict.fromkeys(max(1, round(density * blocks)) for density in LADDER)
+    return tuple(count for count in counts if count < blocks)
 
 
 def patterns(grid: TokenGrid, block: int, kinds: Collection[str] = KINDS) -> tuple[Pattern, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
+from dit_sparse.kernels.column_mass import column_mass, largest
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Pattern, Skip
 from dit_sparse.kernels.remainder import (
@@ -32,7 +33,6 @@ from dit_sparse.kernels.scored_blocks import geometry, scored_blocks
 from dit_sparse.kernels.select import TopRow
 from dit_sparse.pipelines.capture import AttentionSite
 from dit_sparse.search import observer as module
-from dit_sparse.search.columns import column_mass, columns
 from dit_sparse.search.course import Sightings
 from dit_sparse.search.observer import Scoring
 from dit_sparse.search.space import Space
@@ -173,7 +173,7 @@ def expected_sums(
     plain, real = replace(grid, valid_text=None), grid.real(BATCH)
     mass = column_mass(query, key, rows, plain, BLOCK, valid=real)
     slots = [(pattern,) * HEADS for pattern in space.patterns]
-    slots += [tuple(columns(m, n, plain, BLOCK) for m in mass) for n in space.column_counts]
+    slots += [tuple(largest(m, n, plain, BLOCK) for m in mass) for n in space.column_counts]
     for slot, patterns in enumerate(slots):
         for number, remainder in enumerate(space.remainders):
             if isinstance(patterns[0], Columns) and isinstance(remainder, Pooled):

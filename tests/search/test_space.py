@@ -19,6 +19,7 @@ from dit_sparse.search.space import (
     Space,
     blocks_like,
     check_kinds,
+    column_counts,
     patterns,
     remainders,
     search_cost,
@@ -165,3 +166,9 @@ def test_candidates_read_as_they_run_and_slots_count_columns() -> None:
     assert str(Candidate(Band(6))) == "band 6 raster"
     assert str(Candidate(Skip(), Pooled())) == "skip with pooled by 8"
     assert Space((Full(), Skip()), (2, 5, 7), (Drop(),)).slots == 5
+
+
+def test_counts_climb_the_ladder_and_stay_below_full() -> None:
+    assert column_counts(TokenGrid(15, 16, 16), 64) == (3, 6, 12, 18, 27, 42)
+    assert column_counts(TokenGrid(1, 4, 8), 16) == (1,)
+    assert column_counts(TokenGrid(1, 4, 4), 16) == ()

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from dit_sparse.kernels import column_mass as module
+from dit_sparse.kernels.column_mass import column_mass, largest
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.search import columns as module
-from dit_sparse.search.columns import column_counts, column_mass, columns
 
 
 @pytest.mark.parametrize("chunk", [1, 2**28], ids=["row-by-row", "at-once"])
@@ -33,14 +33,8 @@ def test_mass_is_the_attention_of_video_rows_to_each_block(
 def test_the_blocks_of_largest_mass_are_kept_in_order() -> None:
     mass = torch.tensor([0.1, 0.4, 0.1, 0.4])
     grid = TokenGrid(2, 5, 5)
-    assert [columns(mass, count, grid, 16).blocks for count in (1, 2, 3)] == [
+    assert [largest(mass, count, grid, 16).blocks for count in (1, 2, 3)] == [
         (1,),
         (1, 3),
         (0, 1, 3),
     ]
-
-
-def test_counts_climb_the_ladder_and_stay_below_full() -> None:
-    assert column_counts(TokenGrid(15, 16, 16), 64) == (3, 6, 12, 18, 27, 42)
-    assert column_counts(TokenGrid(1, 4, 8), 16) == (1,)
-    assert column_counts(TokenGrid(1, 4, 4), 16) == ()
