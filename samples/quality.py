@@ -10,8 +10,8 @@
     python samples/quality.py transfer    # a plan at other sizes and numbers of steps
     python samples/quality.py shares      # samples/quality/shares: searches beside attention
 
-One search serves all densities. A uniform plan runs one pattern on every head at every step; of all
-candidates and schedules of the search within the FLOPs, those of least total error are taken.
+One search serves all densities. A uniform plan runs one pattern on every head at every step; of
+all candidates and schedules of the search within the FLOPs, those of least total error are taken.
 """
 
 from __future__ import annotations
