@@ -168,7 +168,8 @@ class Evidence:
                 error[phase][..., numbers] = phases * (self._known[..., numbers, :] @ weights)
                 flops[phase][..., numbers] = phases * own.cost(density[..., numbers], search)
                 time[phase][..., numbers] = phases * own.cost(passes[..., numbers], search)
-            kept[..., numbers] = self._bytes(keeping, numbers, schedule)
+                if own.sparse or own.searches:
+                    kept[phase][..., numbers] = self._bytes(keeping, numbers, schedule)
         if self.propagation is not None:
             error *= self.propagation.double()[:, None, None]
         filled = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))

@@ -117,6 +117,12 @@ def test_tables_of_phases_by_hand(evidence: Evidence) -> None:
             assert tables.error[row, 1, number].item() == pytest.approx(expected)
 
 
+def test_a_phase_that_runs_dense_keeps_nothing(evidence: Evidence) -> None:
+    number = evidence.number(0, 0, Candidate(Skip(), Complement()))
+    kept = evidence.tables(Schedule(dense_first=4, phases=(0.4,))).bytes[:, 0, number]
+    assert kept.tolist() == [0] * LAYERS + [2 * 48 * (12 * 2 + 4)] * LAYERS
+
+
 def test_plans_of_phases_and_their_candidates(evidence: Evidence, plan: Plan) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, 10, (3 * LAYERS, HEADS), generator=generator)

@@ -169,7 +169,7 @@ def test_what_stays_the_same_is_cached_and_what_moves_is_not(
     assert (patterns[2], remainders[1:]) == (Full(), (Drop(), Drop()))
     assert found.predicted["error"] < 0.01
     dropping = search_plan(pipe, ["a cat"], budget, candidates=kinds[:2], **given)
-    assert dropping.predicted["error"] > 0.05
+    assert dropping.predicted["error"] > 4 * found.predicted["error"]
 
     # A plan that renews every second step takes half of all steps for the first head.
     often: dict[str, Any] = given | {"schedules": (replace(schedule, renew_every=2),)}
