@@ -1,7 +1,7 @@
 """Bounds: what `dit-sparse simulate` says of a pattern, of strides and of a plan."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
@@ -38,12 +38,12 @@ def of_plan(plan: Plan, grid: Shape | None) -> dict[str, Any]:
     grid = grid or plan.grid
     if grid is None:
         raise ValueError("this plan was not searched at a grid; give one: --grid 15x16x16")
-    counts: Counter[Pattern] = Counter()
+    counts: defaultdict[Pattern, float] = defaultdict(float)
     for (pattern, _), heads in plan.heads.items():
         counts[pattern] += heads
     rows, slowest, mean = [], 0.0, 0.0
     densities: list[tuple[Density, float]] = []
-    for pattern, heads in counts.most_common():
+    for pattern, heads in sorted(counts.items(), key=lambda each: -each[1]):
         blocks = block_indices(
             (pattern,), TokenGrid(*grid), block_q=plan.block, block_k=plan.block
         )
@@ -56,7 +56,7 @@ def of_plan(plan: Plan, grid: Shape | None) -> dict[str, Any]:
             | _figures(simulated)
             | {"density": density.block}
         )
-    heads = counts.total()
+    heads = sum(counts.values())
     return {
         "bound": heads / slowest if slowest else None,
         "mean_bound": heads / mean if mean else None,

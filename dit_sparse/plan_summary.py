@@ -1,6 +1,6 @@
 """PlanSummary: what a plan does, head by head and on the whole."""
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,8 +91,8 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
     density = {} if grid is None else _densities(plan, TokenGrid(*grid))
     total = sum(plan.heads.values())
     shares = {both: heads / total for both, heads in plan.heads.items()}
-    kinds: Counter[str] = Counter()
-    rest: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
+    rest: defaultdict[str, float] = defaultdict(float)
     for (pattern, remainder), share in shares.items():
         kinds[pattern.kind] += share
         rest[str(remainder)] += share
@@ -107,8 +107,8 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
             for phase, when in zip(plan.phases, plan.schedule.phase_names, strict=True)
             for layer, patterns in phase.assignment.items()
         },
-        patterns=dict(kinds.most_common()),
-        remainders=dict(rest.most_common()),
+        patterns=_most_first(kinds),
+        remainders=_most_first(rest),
         density=_mean([(density.get(pattern), share) for (pattern, _), share in shares.items()]),
         cache_bytes=None if grid is None else plan.cache_bytes(TokenGrid(*grid)),
         grid=grid,
@@ -130,6 +130,10 @@ def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
         pattern: block_indices((pattern,), grid, block_q=plan.block, block_k=plan.block).density()
         for pattern in distinct
     }
+
+
+def _most_first(shares: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(shares.items(), key=lambda each: -each[1]))
 
 
 def _block(density: Density | None) -> float | None:

@@ -6,7 +6,7 @@ the tables of the search, if there was one. A digest over both tells a plan from
 
 import json
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -185,11 +185,11 @@ class Plan:
     def heads(self) -> dict[tuple[Pattern, Remainder], float]:
         """How many heads run each pattern with each remainder, the most first; one that does so in
         some phases counts as their share of the steps."""
-        counts: Counter[tuple[Pattern, Remainder]] = Counter()
+        counts: defaultdict[tuple[Pattern, Remainder], float] = defaultdict(float)
         for phase, share in zip(self.phases, self.schedule.shares, strict=True):
             for _, pattern, remainder in phase.heads:
                 counts[pattern, remainder] += share
-        return dict(counts.most_common())
+        return dict(sorted(counts.items(), key=lambda each: -each[1]))
 
     @property
     def renews(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_sparse.kernels import choosing
 from dit_sparse.kernels.blocks import block_density, block_indices
 from dit_sparse.kernels.choosing import choice_cost, chosen_patterns
+from dit_sparse.kernels.column_mass import column_mass
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import (
     Band,
@@ -24,7 +25,6 @@ from dit_sparse.kernels.pattern import (
     pattern_to_dict,
 )
 from dit_sparse.kernels.rows import sample_rows
-from dit_sparse.kernels.stripes import column_mass
 
 GRID = TokenGrid(6, 8, 8, text_before=5)
 SPATIAL = Band.of_density(0.3, GRID)
