@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.counts import Cut, cuts
+from dit_sparse.kernels.density import Density as Density
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Pattern
@@ -31,20 +32,6 @@ from dit_sparse.kernels.visited import MOST_POOLED as MOST_POOLED
 from dit_sparse.kernels.visited import PARTIAL as PARTIAL
 from dit_sparse.kernels.visited import WHOLE as WHOLE
 from dit_sparse.kernels.visited import filled, visited
-
-
-@dataclass(frozen=True, slots=True)
-class Density:
-    """The share of all query-key pairs, averaged over heads, in three senses.
-
-    `element`: pairs kept. `block`: pairs in visited blocks, which is what a kernel computes.
-    `weighted`: as `block`, with keys pooled by `2^r` counted `1 / 2^r`. Padded text counts as
-    tokens, as it does in dense attention.
-    """
-
-    element: float
-    block: float
-    weighted: float
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -100,11 +87,13 @@ class BlockIndices:
 
     def _fault(self) -> str | None:
         """What kernels would trip over: they read these tensors unchecked."""
-        for shard in (self.queries, self.keys):
+        shards = self.queries, self.keys
+        for shard in shards:
             if shard and (reason := shard.refusal(self.grid)) is not None:
                 return reason
         rows = self.heads * (len(self.query_offsets) - 1)
-        entries, queries, keys = map(len, (self.key_block, self.query_raster, self.key_raster))
+        queries, keys = (self.grid.tokens if s is None else s.count for s in shards)
+        entries = len(self.key_block)
         place = torch.int32 if self.order is None else torch.int64
         for name, dtype, length in (
             ("permutation", place, queries),
@@ -153,12 +142,22 @@ class BlockIndices:
     @property
     def query_raster(self) -> Tensor:
         """Raster token of each row of the query, int64 `[queries]`."""
-        return raster_tokens(self.queries, self.grid)
+        return raster_tokens(self.queries, torch.arange(len(self.permutation)))
 
     @property
     def key_raster(self) -> Tensor:
         """Raster token of each row of key and value, int64 `[keys]`."""
-        return raster_tokens(self.keys, self.grid)
+        return raster_tokens(self.keys, torch.arange(len(self.key_permutation)))
+
+    @property
+    def query_sequence(self) -> Tensor:
+        """Raster token at each position of the queries, int64 `[queries]`."""
+        return raster_tokens(self.queries, self.permutation)
+
+    @property
+    def key_sequence(self) -> Tensor:
+        """Raster token at each position of the keys, int64 `[keys]`."""
+        return raster_tokens(self.keys, self.key_permutation)
 
     @property
     def sharded(self) -> bool:
@@ -175,11 +174,11 @@ class BlockIndices:
 
     def query_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of queries, int64."""
-        return self.query_raster[self.query_rows(block)]
+        return raster_tokens(self.queries, self.query_rows(block))
 
     def key_tokens(self, block: int) -> Tensor:
         """Raster tokens of a block of keys, int64."""
-        return self.key_raster[self.key_rows(block)]
+        return raster_tokens(self.keys, self.key_rows(block))
 
     def entries(self, head: int, query_block: int) -> Iterator[tuple[int, int]]:
         """The key blocks of a row with their tags."""
@@ -193,7 +192,7 @@ class BlockIndices:
         rows = torch.arange(len(entries)).repeat_interleave(entries)
         queries = self.query_offsets.diff()[rows % self.query_blocks]
         visited = queries * self.key_offsets.diff()[self.key_block]
-        total = self.heads * len(self.query_raster) * len(self.key_raster)
+        total = self.heads * len(self.permutation) * len(self.key_permutation)
         return Density(
             element=int(self.kept.sum()) / total,
             block=int(visited.sum()) / total,

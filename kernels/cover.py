@@ -63,7 +63,7 @@ def covers(blocks: BlockIndices, prices: Prices, valid_text: int | None = None) 
     valid = torch.ones(blocks.grid.tokens, dtype=torch.bool)
     if valid_text is not None:
         valid[blocks.grid.invalid_text(valid_text)] = False
-    valid = valid[blocks.key_raster[blocks.key_permutation]]
+    valid = valid[blocks.key_sequence]
     return [
         Cover(tuple(heads), tuple(_rectangles(blocks, heads[0], prices, valid)))
         for heads in sharing.values()
@@ -77,8 +77,8 @@ def visible(blocks: BlockIndices, head: int, rectangle: Rectangle) -> Tensor:
     if blocks.patterns:
         return blocks.patterns[head].pairs(
             blocks.grid,
-            blocks.query_raster[blocks.permutation[queries]],
-            blocks.key_raster[blocks.key_permutation[keys]],
+            blocks.query_sequence[queries],
+            blocks.key_sequence[keys],
         )
     listed = tags_of_head(blocks, head) != ABSENT
     return listed[block_of(blocks.query_offsets)[queries], block_of(blocks.key_offsets)[keys]]

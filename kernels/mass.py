@@ -42,7 +42,8 @@ def block_mass(
     """
     batch, tokens, heads, head_dim = query.shape
     expected = [
-        (batch, len(rows), heads, head_dim) for rows in (blocks.query_raster, blocks.key_raster)
+        (batch, len(rows), heads, head_dim)
+        for rows in (blocks.permutation, blocks.key_permutation)
     ]
     if [query.shape, key.shape] != expected:
         raise ValueError(
@@ -71,7 +72,7 @@ def _plain(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     permutation = blocks.permutation.to(device)
     keys = blocks.key_permutation
     key = rearrange(call.key[:, keys.to(device)].to(dtype), "b j h d -> b h d j")
-    real = blocks.grid.real(len(call.query))[:, blocks.key_raster[keys]]
+    real = blocks.grid.real(len(call.query))[:, blocks.key_sequence]
     hidden = rearrange(~real, "b j -> b 1 1 j").to(device)
     places = (
         list(torch.arange(len(blocks.permutation)).tensor_split(blocks.query_offsets[1:-1]))

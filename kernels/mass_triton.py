@@ -120,8 +120,6 @@ def _tables(blocks: BlockIndices, rows: int | None, block_k: int, device: torch.
             of_query.to(device),
             keys.block.to(device),
             keys.first.int().to(device),
-            real_tokens(blocks.grid, blocks.key_raster[blocks.key_permutation], keys)
-            .int()
-            .to(device),
+            real_tokens(blocks.grid, blocks.key_sequence, keys).int().to(device),
         )
     return known[name]

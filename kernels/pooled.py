@@ -82,7 +82,7 @@ def pooled(
     row_of, level_of = row[entry_from], level[entry_from]
     ends = numbers.cumsum(0)[torch.searchsorted(starts, row_of * max(1, len(levels)) + level_of)]
     entry_to = torch.minimum(entry_from + (size >> shift[level_of]), ends)
-    count = real_tokens(blocks.grid, blocks.key_raster[blocks.key_permutation], all_runs)
+    count = real_tokens(blocks.grid, blocks.key_sequence, all_runs)
     bias = count.float().log2()
     empty = torch.empty(0)
     return Runs(all_runs.first.int(), count.int(), bias), Pooled(

@@ -118,8 +118,8 @@ class _Group:
 
 
 def _group(windows: Windows, blocks: BlockIndices, keys: Tiling) -> _Group:
-    sequence = blocks.key_raster[blocks.key_permutation]
-    own = windows.of(blocks.query_raster[blocks.permutation], sequence)
+    sequence = blocks.key_sequence
+    own = windows.of(blocks.query_sequence, sequence)
     low, size, place = own.low.long(), own.size.long(), own.place.long()
     video = ~is_text(blocks.grid, sequence[keys.first])
     tile = torch.arange(len(keys)).repeat_interleave(keys.count).expand_as(place)

@@ -35,6 +35,11 @@ class Shard:
                 f"ascending and apart, got {self.runs}"
             )
 
+    @property
+    def count(self) -> int:
+        """How many tokens it holds."""
+        return sum(stop - first for first, stop in self.runs)
+
     def tokens(self) -> Tensor:
         """Raster token of each row, int64 `[rows]`."""
         return torch.cat([torch.arange(*run) for run in self.runs])
@@ -49,7 +54,7 @@ class Shard:
         return ", ".join(f"{first}..{stop - 1}" for first, stop in self.runs)
 
 
-def raster_tokens(shard: Shard | None, grid: TokenGrid) -> Tensor:
-    """Raster token of each row of a tensor that holds `shard` of `grid`, or if that is `None` all
-    of it; int64 `[rows]`."""
-    return torch.arange(grid.tokens) if shard is None else shard.tokens()
+def raster_tokens(shard: Shard | None, rows: Tensor) -> Tensor:
+    """Raster token of each of `rows` of a tensor that holds `shard`, or if that is `None` all
+    tokens of the grid; int64."""
+    return rows.long() if shard is None else shard.tokens()[rows.long()]

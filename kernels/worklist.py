@@ -77,7 +77,7 @@ def worklist(blocks: BlockIndices, block_q: int, block_k: int, device: torch.dev
 def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.device) -> Worklist:
     queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
     rows = blocks.heads * len(queries)
-    real = real_tokens(blocks.grid, blocks.key_raster[blocks.key_permutation], keys)
+    real = real_tokens(blocks.grid, blocks.key_sequence, keys)
     rules = predicates(blocks, keys, real, block_k)
     row, key_block, tag = _entries(blocks, queries)
     runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
