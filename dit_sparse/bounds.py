@@ -1,13 +1,13 @@
 """Bounds: what `dit-sparse simulate` says of a pattern, of strides and of a plan."""
 
 import math
-from collections import defaultdict
 from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Neighborhood, Pattern
 from dit_sparse.kernels.simulator import Simulation, simulate, simulate_blocks, useful_strides
+from dit_sparse.pipelines.phase import tally
 from dit_sparse.pipelines.plan import Plan
 
 Shape = tuple[int, int, int]
@@ -38,12 +38,10 @@ def of_plan(plan: Plan, grid: Shape | None) -> dict[str, Any]:
     grid = grid or plan.grid
     if grid is None:
         raise ValueError("this plan was not searched at a grid; give one: --grid 15x16x16")
-    counts: defaultdict[Pattern, float] = defaultdict(float)
-    for (pattern, _), heads in plan.heads.items():
-        counts[pattern] += heads
+    counts = tally((pattern, heads) for (pattern, _), heads in plan.heads.items())
     rows, slowest, mean = [], 0.0, 0.0
     densities: list[tuple[Density, float]] = []
-    for pattern, heads in sorted(counts.items(), key=lambda each: -each[1]):
+    for pattern, heads in counts.items():
         blocks = block_indices(
             (pattern,), TokenGrid(*grid), block_q=plan.block, block_k=plan.block
         )

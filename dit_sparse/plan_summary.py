@@ -1,12 +1,12 @@
 """PlanSummary: what a plan does, head by head and on the whole."""
 
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dit_sparse.kernels.blocks import Density, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import OnlinePattern, Pattern
+from dit_sparse.pipelines.phase import tally
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.choices import Choices, choices
@@ -89,13 +89,9 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
     """
     grid = grid or plan.grid
     density = {} if grid is None else _densities(plan, TokenGrid(*grid))
-    total = sum(plan.heads.values())
-    shares = {both: heads / total for both, heads in plan.heads.items()}
-    kinds: defaultdict[str, float] = defaultdict(float)
-    rest: defaultdict[str, float] = defaultdict(float)
-    for (pattern, remainder), share in shares.items():
-        kinds[pattern.kind] += share
-        rest[str(remainder)] += share
+    heads = plan.heads
+    total = sum(heads.values())
+    shares = {both: count / total for both, count in heads.items()}
     return PlanSummary(
         digest=plan.digest,
         model={name: fingerprint.transformer for name, fingerprint in plan.model.items()},
@@ -107,8 +103,8 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
             for phase, when in zip(plan.phases, plan.schedule.phase_names, strict=True)
             for layer, patterns in phase.assignment.items()
         },
-        patterns=_most_first(kinds),
-        remainders=_most_first(rest),
+        patterns=tally((pattern.kind, share) for (pattern, _), share in shares.items()),
+        remainders=tally((str(rest), share) for (_, rest), share in shares.items()),
         density=_mean([(density.get(pattern), share) for (pattern, _), share in shares.items()]),
         cache_bytes=None if grid is None else plan.cache_bytes(TokenGrid(*grid)),
         grid=grid,
@@ -130,10 +126,6 @@ def _densities(plan: Plan, grid: TokenGrid) -> dict[Pattern, Density]:
         pattern: block_indices((pattern,), grid, block_q=plan.block, block_k=plan.block).density()
         for pattern in distinct
     }
-
-
-def _most_first(shares: dict[str, float]) -> dict[str, float]:
-    return dict(sorted(shares.items(), key=lambda each: -each[1]))
 
 
 def _block(density: Density | None) -> float | None:

@@ -4,8 +4,10 @@ What a video shows is settled in its first steps, what it looks like in detail i
 that compute much at first and little later lose less than heads that compute the same throughout.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dit_sparse.kernels.clustered_blocks import centroid_bytes
 from dit_sparse.kernels.grid import TokenGrid
@@ -16,6 +18,29 @@ from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.fingerprint import ModelFingerprint
 
 LSE_BYTES = 4
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def tally(pairs: Iterable[tuple[Key, float]]) -> dict[Key, float]:
+    """The sum for each key, the largest first."""
+    sums: defaultdict[Key, float] = defaultdict(float)
+    for key, number in pairs:
+        sums[key] += number
+    return dict(sorted(sums.items(), key=lambda each: -each[1]))
+
+
+def search_bytes(
+    pattern: Pattern, grid: TokenGrid, batch: int, head_dim: int, *, dense: bool
+) -> int:
+    """What a head of `pattern` keeps for its next search: the LSE, unless every search has a
+    `dense` pass anyway, and centroids."""
+    if not isinstance(pattern, Scored):
+        return 0
+    if isinstance(pattern.score, Clustered):
+        return centroid_bytes(pattern.score, grid, batch, head_dim)
+    needed = pattern.score.needs_lse and not isinstance(pattern.score, Oracle) and not dense
+    return batch * grid.tokens * LSE_BYTES * needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +96,9 @@ class Phase:
         for layer, pattern, remainder in self.heads:
             head_dim = model[layer.partition(".")[0]].head_dim
             caches += cache_bytes(remainder, batch, grid.tokens, 1, head_dim)
-            if not isinstance(pattern, Scored) or not again:
-                continue
-            dense = isinstance(pattern.score, Oracle) or (remainder.cached and not limited)
-            if pattern.score.needs_lse and not dense:
-                searches += batch * grid.tokens * LSE_BYTES
-            if isinstance(pattern.score, Clustered):
-                searches += centroid_bytes(pattern.score, grid, batch, head_dim)
+            if again:
+                dense = remainder.cached and not limited
+                searches += search_bytes(pattern, grid, batch, head_dim, dense=dense)
         return caches, searches
 
     def check(self, model: Mapping[str, ModelFingerprint]) -> None:

@@ -6,7 +6,6 @@ the tables of the search, if there was one. A digest over both tells a plan from
 
 import json
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -23,7 +22,7 @@ from dit_sparse.kernels.values import from_dict, to_dict
 from dit_sparse.pipelines import plan_file
 from dit_sparse.pipelines.family import Shape, family_of, transformers_of
 from dit_sparse.pipelines.fingerprint import ModelFingerprint, fingerprints
-from dit_sparse.pipelines.phase import Phase
+from dit_sparse.pipelines.phase import Phase, tally
 from dit_sparse.pipelines.plan_file import ModelEntry, PhaseEntry, PlanFile, ScheduleEntry
 from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
@@ -185,11 +184,11 @@ class Plan:
     def heads(self) -> dict[tuple[Pattern, Remainder], float]:
         """How many heads run each pattern with each remainder, the most first; one that does so in
         some phases counts as their share of the steps."""
-        counts: defaultdict[tuple[Pattern, Remainder], float] = defaultdict(float)
-        for phase, share in zip(self.phases, self.schedule.shares, strict=True):
-            for _, pattern, remainder in phase.heads:
-                counts[pattern, remainder] += share
-        return dict(sorted(counts.items(), key=lambda each: -each[1]))
+        return tally(
+            ((pattern, remainder), share)
+            for phase, share in zip(self.phases, self.schedule.shares, strict=True)
+            for _, pattern, remainder in phase.heads
+        )
 
     @property
     def renews(self) -> bool:

@@ -216,24 +216,24 @@ def _read_evidence(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 def _readable(document: dict[str, Any]) -> str:
     """JSON with one line per pattern and per layer, so that two plans can be compared."""
-    return _spread(document, "", depth=1) + "\n"
+    return _spread(document, "") + "\n"
 
 
-def _spread(value: Any, indent: str, depth: int) -> str:
-    """JSON of a value, the entries of the outer `depth` containers on lines of their own; those
-    of phases and of tables too."""
-    if not depth or not isinstance(value, (dict, list)) or not value:
-        return json.dumps(value)
+def _spread(value: Any, indent: str) -> str:
+    """JSON of an object or a list with each entry on a line of its own, and each of its tables and
+    phases so again."""
     inner = indent + "  "
     if isinstance(value, list):
-        lines = [inner + _spread(entry, inner, _depth(entry)) for entry in value]
-        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
-    lines = [
-        f"{inner}{json.dumps(key)}: {_spread(entry, inner, key in SPREAD)}"
-        for key, entry in value.items()
-    ]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _depth(entry: Any) -> int:
-    return int(isinstance(entry, dict) and "assignment" in entry)
+        lines = [
+            _spread(entry, inner) if "assignment" in entry else json.dumps(entry)
+            for entry in value
+        ]
+        opening, closing = "[]"
+    else:
+        lines = [
+            f"{json.dumps(key)}: "
+            + (_spread(entry, inner) if key in SPREAD and entry else json.dumps(entry))
+            for key, entry in value.items()
+        ]
+        opening, closing = "{}"
+    return f"{opening}\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}{closing}"

@@ -81,8 +81,7 @@ class Schedule:
                 "stagger: expected renew_every > 0, came 0, so no layer has a turn; set "
                 "renew_every, or leave stagger out"
             )
-        bounds = (0.0, *self.phases, 1.0)
-        if not all(begin < end for begin, end in itertools.pairwise(bounds)):
+        if not all(share > 0 for share in self.shares):
             raise ValueError(
                 f"phases: expected ascending shares of the steps between 0 and 1, came "
                 f"{self.phases!r}"

@@ -201,8 +201,8 @@ def sightings(steps: int, schedules: tuple[Schedule, ...], anchors: int) -> Sigh
 
 
 PHASES = ((0.35,), (0.5,), (0.25, 0.5), (0.35, 0.6))
-"""Where phases begin in the schedules that a search chooses from. More of them than three lose
-more by renewing what is kept than they gain."""
+"""Where phases begin in the schedules that a search chooses from. Of more than three, predicted
+errors grow again: what is kept is renewed in each."""
 
 
 def schedules(steps: int, dense_first: int | None = None) -> tuple[Schedule, ...]:

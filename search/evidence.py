@@ -18,7 +18,7 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, cache_bytes
 from dit_sparse.kernels.values import from_dict, to_dict
-from dit_sparse.pipelines.phase import LSE_BYTES, Phase
+from dit_sparse.pipelines.phase import Phase, search_bytes
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.course import Keeping, Sightings, courses
@@ -160,6 +160,8 @@ class Evidence:
         density = self.density.double()
         passes = density if self.time is None else self.time.double()
         phases = len(schedule.shares)
+        caches, searches = self._kept
+        own_bytes = caches + searches if schedule.renews_again else caches
         error, flops, time, kept = (torch.zeros(phases, *density.shape).double() for _ in range(4))
         for keeping, numbers in self._keeping.items():
             search = torch.tensor([self._search[number] for number in numbers])
@@ -169,7 +171,7 @@ class Evidence:
                 flops[phase][..., numbers] = phases * own.cost(density[..., numbers], search)
                 time[phase][..., numbers] = phases * own.cost(passes[..., numbers], search)
                 if own.sparse or own.searches:
-                    kept[phase][..., numbers] = self._bytes(keeping, numbers, schedule)
+                    kept[phase][..., numbers] = own_bytes[..., numbers]
         if self.propagation is not None:
             error *= self.propagation.double()[:, None, None]
         filled = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))
@@ -333,18 +335,25 @@ class Evidence:
         """Errors by sighting in one row, 0 for what is missing; float64."""
         return self.error.double().flatten(-2).nan_to_num(posinf=0)
 
-    def _bytes(self, keeping: Keeping, numbers: list[int], schedule: Schedule) -> Tensor:
-        """Kept by some candidates of every layer, over all guidance branches."""
-        tokens, remainders = self.grid.tokens, self.space.remainders
-        # A head with a cache has a dense pass at every search.
-        again = keeping.lse and not keeping.cache and schedule.renews_again
-        lse = LSE_BYTES * tokens if again else 0
-        each = {
-            dim: [cache_bytes(remainder, 1, tokens, 1, dim) for remainder in remainders]
-            for dim in self.head_dim
+    @cached_property
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """Bytes that every candidate of each layer keeps over all guidance branches, float64
+        `[layers, 1, candidates]`: caches, and what further searches start from."""
+        patterns = (*self.space.patterns, *(Full(),) * len(self.space.column_counts))
+        rows = {
+            dim: [
+                (
+                    cache_bytes(remainder, self.copies, self.grid.tokens, 1, dim),
+                    search_bytes(pattern, self.grid, self.copies, dim, dense=remainder.cached),
+                )
+                for pattern in patterns
+                for remainder in self.space.remainders
+            ]
+            for dim in set(self.head_dim)
         }
-        rows = [[each[dim][n % len(remainders)] for n in numbers] for dim in self.head_dim]
-        return self.copies * (torch.tensor(rows).double() + lse)[:, None]
+        kept = torch.tensor([rows[dim] for dim in self.head_dim], dtype=torch.double)
+        caches, searches = kept[:, None].unbind(-1)
+        return caches, searches
 
 
 def _schedule(data: dict[str, Any]) -> Schedule:
