@@ -43,7 +43,8 @@ class PlanSummary:
             while no grid is known.
         schedule: in denoising steps.
         predicted: what the search expected.
-        achieved: what generated videos showed; empty where none were compared.
+        achieved: what generated videos showed, and how fast the plans that a search tried ran;
+            empty where none were made.
         choices: why each head runs what it runs; None for a plan without evidence.
     """
 
@@ -111,7 +112,7 @@ def plan_summary(plan: Plan, grid: Shape | None = None) -> PlanSummary:
         block=plan.block,
         schedule=plan.schedule,
         predicted=plan.predicted,
-        achieved=plan.provenance.get("achieved", {}),
+        achieved=plan.provenance.get("achieved", {}) | _runs(plan),
         choices=choices(plan),
     )
 
@@ -141,3 +142,9 @@ def _mean(densities: list[tuple[Density | None, float]]) -> dict[str, float] | N
         name: sum(getattr(density, name) * share for density, share in known)
         for name in ("element", "block", "weighted")
     }
+
+
+def _runs(plan: Plan) -> dict[str, list[float]]:
+    """Speed-ups of the plans that a search tried to keep a time."""
+    runs = plan.timing.get("runs", [])
+    return {"speedups": [run["dense_seconds"] / run["seconds"] for run in runs]} if runs else {}

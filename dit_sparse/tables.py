@@ -94,6 +94,9 @@ def plan_table(summary: "PlanSummary") -> Group:
     lines += [f"predicted {name}: {value:.4g}" for name, value in summary.predicted.items()]
     if "psnr" in summary.achieved:
         lines.append(f"achieved psnr: {summary.achieved['psnr']:.2f} dB on the search's prompts")
+    if "speedups" in summary.achieved:
+        speedups = ", ".join(f"{speedup:.2f}x" for speedup in summary.achieved["speedups"])
+        lines.append(f"tried while searching, each beside a dense run: {speedups}")
     if summary.choices is not None and summary.choices.note is not None:
         lines.append(summary.choices.note)
     return Group(title, table, *lines)

@@ -86,6 +86,9 @@ CACHE = "cache_bytes"
 BUDGETS = tuple(field.name for field in fields(Budget) if field.name != CACHE)
 """Names of the budgets of which one can be asked for."""
 
+CLOCKED = ("speedup", "latency")
+"""Those of seconds."""
+
 _RANGES = {
     "flops": (
         lambda value: 0 < value <= 1,

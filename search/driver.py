@@ -2,7 +2,8 @@
 
     dense runs         ->  error of every candidate on sampled query rows, fresh and stale
     Evidence + Budget  ->  a schedule, and pattern and remainder for each head -> Plan
-    sparse videos      ->  the loosest plan that holds a PSNR, if that is the budget
+    sparse videos      ->  the loosest plan that holds a PSNR, if that is the budget,
+                           or the one that is as fast as was asked
 
 Errors are taken on the dense trajectory: no layer sees what a sparse one before it got wrong.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +27,7 @@ from dit_sparse.pipelines.capture import observed_grid
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search.budget import Budget
+from dit_sparse.search.budget import CLOCKED, Budget
 from dit_sparse.search.course import schedules as all_schedules
 from dit_sparse.search.course import sightings
 from dit_sparse.search.evidence import Evidence
@@ -33,6 +35,7 @@ from dit_sparse.search.fidelity import CHECKS, distance, loosest, mean_psnr
 from dit_sparse.search.gathering import evidence_of
 from dit_sparse.search.generations import Generations
 from dit_sparse.search.observer import Scoring
+from dit_sparse.search.pace import TRIALS, paced
 from dit_sparse.search.propagation import importance, propagation
 from dit_sparse.search.record import Record, Seen
 from dit_sparse.search.solution import solve
@@ -76,7 +79,7 @@ def search_plan(
         pipe (`DiffusionPipeline`): of a known family, with no plan in effect.
         prompts (`Sequence[str]`): one to five that are typical of the use.
         budget (`Budget`): what the plan may spend. For a PSNR the pipeline generates every prompt
-            up to six times more.
+            up to six times more; for a speed-up or a latency the first prompt, six times.
         steps (`int`): denoising steps of a generation, as the plan will be used.
         seed (`int`): of the first prompt's noise; the next has the next seed.
         height, width, frames (`int`, *optional*): size in pixels and number of frames; the
@@ -131,10 +134,11 @@ def search_plan(
     }
     modules = layer_paths(pipe) if through_wo else None
     scoring = Scoring(modules, grid, block, space, seen_at, rows, metric)
-    generated = budget.psnr is not None
+    generated, clocked = budget.psnr is not None, budget.name in CLOCKED
     whole = generated or propagate
     last = steps - 1 if whole else seen_at.last
     total = len(prompts) * (last + 1 + generated * CHECKS * steps)
+    total += clocked * 2 * TRIALS * steps
     total += propagate * (len(base.assignment) + len(seen_at.anchors)) * steps
     generations = Generations(pipe, prompts, steps, arguments, seed, total, progress)
     told = settings | {"model": base.digest, "block": block, "last": last, "videos": whole}
@@ -159,13 +163,14 @@ def search_plan(
         grid=grid.shape,
         provenance={"search": evidence.description() | settings},
         evidence=evidence.arrays(),
-        timing={} if seen[0].run["timing"] is None else {"dense": seen[0].run["timing"]},
     )
+    if seen[0].run["timing"] is not None:
+        searched = _timed(searched, Timing(**seen[0].run["timing"]))
     references = [each.video for each in seen if each.video is not None]
 
     def videos(plan: Plan, count: int) -> list[Tensor]:
         with enable_sparse_attention(pipe, plan):
-            return [generations.sparse(number) for number in range(count)]
+            return [generations.video(number) for number in range(count)]
 
     if propagate:
 
@@ -177,6 +182,21 @@ def search_plan(
         weights = propagation(evidence, usual, searched, moved)
         evidence = replace(evidence, propagation=weights)
         searched = replace(searched, evidence=evidence.arrays())
+    timing = Timing.of_plan(searched)
+    if clocked and timing is not None:
+
+        def planned(timing: Timing) -> Plan:
+            return resolve(_timed(searched, timing), budget)
+
+        def run(plan: Plan) -> tuple[float, float]:
+            start = perf_counter()
+            videos(plan, 1)
+            between = perf_counter()
+            generations.video(0)
+            return between - start, perf_counter() - between
+
+        found, runs = paced(planned, run, timing)
+        return replace(found, timing=found.timing | {"runs": [asdict(run) for run in runs]})
     if budget.psnr is None:
         return resolve(searched, budget)
 
@@ -210,6 +230,10 @@ def resolve(plan: Plan, budget: Budget) -> Plan:
         provenance=provenance,
         timing=plan.timing | {"predicted": solution.times},
     )
+
+
+def _timed(plan: Plan, timing: Timing) -> Plan:
+    return replace(plan, timing=plan.timing | {"dense": timing.to_dict()})
 
 
 def _see(

@@ -1,4 +1,4 @@
-"""Generations: the videos that a search makes, dense and looked at, or sparse and compared."""
+"""Generations: the videos that a search makes, dense and looked at, or compared."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Generations:
             decode: whether to decode.
 
         Returns:
-            The video as `sparse` returns it, if the generation went to its end.
+            The video as `video` returns it, if the generation went to its end.
         """
         with observe_attention(self._pipe, observer, times.stopwatch):
             times.begin()
@@ -66,9 +66,9 @@ class Generations:
                 times.end()
         return _video(output) if decode and last == self.steps - 1 else None
 
-    def sparse(self, number: int) -> Tensor:
-        """Generate prompt `number` with whatever plan is in effect: float `[frames, height,
-        width, 3]` in [0, 1]."""
+    def video(self, number: int) -> Tensor:
+        """Generate prompt `number` with whatever plan is in effect, if any: float `[frames,
+        height, width, 3]` in [0, 1]."""
         return _video(self._run(number, self.steps - 1, True, None))
 
     def skip(self, steps: int) -> None:

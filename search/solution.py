@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.assign import SLACK, assign, assign_cheapest
-from dit_sparse.search.budget import Budget
+from dit_sparse.search.budget import CLOCKED, Budget
 from dit_sparse.search.evidence import Evidence, Tables
 from dit_sparse.search.timing import Timing
 
@@ -61,7 +61,7 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
     """
     if budget.psnr is not None:
         raise ValueError(GENERATED)
-    if budget.name in ("speedup", "latency") and timing is None:
+    if budget.name in CLOCKED and timing is None:
         raise ValueError(
             f"{budget} cannot be predicted: the search measured no times (it needs two steps); "
             "search again with more steps, or ask for FLOPs, a density or an error"
@@ -173,7 +173,7 @@ def _within_bytes(
 def _refusal(evidence: Evidence, budget: Budget, timing: Timing | None) -> str:
     """Why no schedule has an assignment within `budget`, and what can be had."""
     every = _tables(evidence, budget)
-    if budget.speedup is not None or budget.latency is not None:
+    if budget.name in CLOCKED:
         assert timing is not None
         fastest = min(_least(tables.time) for tables in every)
         reach = f"{timing.speedup(fastest):.2f}x, {timing.seconds(fastest):.3g} s"

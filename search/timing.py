@@ -6,7 +6,8 @@ cheaper.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, Self
 
@@ -17,8 +18,28 @@ from dit_sparse.pipelines.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """A sparse generation beside a dense one.
+
+    Args:
+        cost: share of the dense self-attention that the sparse one was expected to take.
+        seconds: of the whole sparse generation.
+        dense_seconds: of the whole dense one.
+    """
+
+    cost: float
+    seconds: float
+    dense_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        """Of the sparse generation over the dense one."""
+        return self.dense_seconds / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
-    """One dense generation.
+    """One dense generation, and what sparse ones save of it.
 
     Args:
         device: name of the device, as calibrations know it.
@@ -26,6 +47,7 @@ class Timing:
         seconds_per_step: of a dense denoising step, all guidance branches.
         attention_share: of such a step that is self-attention, in [0, 1].
         seconds_outside: what the generation takes besides: encoding the prompt, decoding.
+        realised: how much of the time that sparse plans should save they saved when they ran.
     """
 
     device: str
@@ -33,6 +55,7 @@ class Timing:
     seconds_per_step: float
     attention_share: float
     seconds_outside: float
+    realised: float = 1.0
 
     @property
     def dense_seconds(self) -> float:
@@ -46,7 +69,7 @@ class Timing:
 
     def seconds(self, cost: float) -> float:
         """Of a generation whose self-attention costs the share `cost` of a dense one's."""
-        return self.dense_seconds - self._attention * (1 - cost)
+        return self.dense_seconds - self._saved * (1 - cost)
 
     def speedup(self, cost: float) -> float:
         """Of such a generation over the dense one."""
@@ -55,14 +78,32 @@ class Timing:
     def cost_of(self, seconds: float) -> float:
         """The share of dense attention that leaves a generation `seconds`; below 0 if no share
         is that fast."""
-        if not self._attention:
+        if not self._saved:
             return 1.0 if seconds >= self.dense_seconds else -1.0
-        return 1 - (self.dense_seconds - seconds) / self._attention
+        return 1 - (self.dense_seconds - seconds) / self._saved
+
+    def learned(self, runs: Sequence[Run]) -> Self:
+        """The same with what sparse generations showed. Each ran beside a dense one, so that what
+        else the machine does slows both.
+
+        How much is realised is the mean over the runs, weighed by what they should have saved;
+        the seconds are those of the dense generations.
+        """
+        known = replace(self, realised=1.0)
+        hoped = sum(1 - 1 / known.speedup(run.cost) for run in runs)
+        came = sum(1 - run.seconds / run.dense_seconds for run in runs)
+        pace = median(run.dense_seconds for run in runs) / self.dense_seconds
+        return replace(
+            self,
+            seconds_per_step=self.seconds_per_step * pace,
+            seconds_outside=self.seconds_outside * pace,
+            realised=max(0.0, came / hoped) if hoped > 0 else self.realised,
+        )
 
     @property
-    def _attention(self) -> float:
-        """Seconds of self-attention in the dense generation."""
-        return self.steps * self.seconds_per_step * self.attention_share
+    def _saved(self) -> float:
+        """Seconds that a generation without any self-attention saves."""
+        return self.steps * self.seconds_per_step * self.attention_share * self.realised
 
     def expectation(self, flops: float, cost: float) -> str:
         """What a person can expect of a plan that computes `flops` of dense attention, in `cost`
@@ -90,7 +131,7 @@ class Timing:
             timing = cls(**kept)
             sound = timing.steps >= 1 and timing.seconds_per_step > 0
             sound = sound and timing.seconds_outside >= 0
-            sound = sound and 0 <= timing.attention_share <= 1
+            sound = sound and 0 <= timing.attention_share <= 1 and timing.realised >= 0
         except TypeError as error:
             raise ValueError(f"the plan's timing is incomplete ({error}); search again") from error
         if not sound:

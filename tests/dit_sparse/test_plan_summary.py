@@ -157,6 +157,14 @@ def test_tables_say_why_and_how_fast(tmp_path: Path) -> None:
     assert "runner-up: of the others, the least error + " in text
 
 
+def test_table_says_how_fast_the_plans_were_that_a_search_tried() -> None:
+    plan = searched()
+    runs = [{"cost": 0.5, "seconds": seconds, "dense_seconds": 12.0} for seconds in (8.0, 10.0)]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(plan_table(plan_summary(replace(plan, timing=plan.timing | {"runs": runs}))))
+    assert "each beside a dense run: 1.50x, 1.20x" in console.export_text()
+
+
 def test_plan_without_evidence_has_no_choices() -> None:
     assert plan_summary(PLAN).to_dict()["choices"] is None
 

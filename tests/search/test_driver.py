@@ -14,11 +14,11 @@ from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search import fidelity
+from dit_sparse.search import driver, fidelity
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.timing import Timing
+from dit_sparse.search.timing import StepTimes, Timing
 from tests import tiny
 
 PROMPTS = ("a cat", "a dog", "a bird")
@@ -295,6 +295,29 @@ def test_a_psnr_is_held_by_the_videos(pipe: Any, monkeypatch: pytest.MonkeyPatch
             videos.append(torch.from_numpy(pipe(**call, generator=generator).frames[0]))
     assert fidelity.mean_psnr(videos[1:], videos[:1]) == pytest.approx(achieved["psnr"], abs=0.1)
     assert "achieved" not in resolve(found, Budget(density=0.5)).provenance
+
+
+def test_a_speedup_is_held_by_what_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three trials of 9 s beside dense generations of 10 s.
+    clock = iter((0.0, 9.0, 19.0) * 3)
+    monkeypatch.setattr(driver, "perf_counter", lambda: next(clock))
+    known = Timing("a device", 4, 2.0, 0.5, 2.0)
+    monkeypatch.setattr(StepTimes, "dense", lambda *_: known)
+    told: list[tuple[int, int]] = []
+    found = search_plan(
+        pipe, PROMPTS[:1], Budget(speedup=1.1), progress=lambda *now: told.append(now), **SMALL
+    )
+    ran = [(run["seconds"], run["dense_seconds"]) for run in found.timing["runs"]]
+    assert ran == [(9, 10)] * 3
+    timing = Timing.of_plan(found)
+    assert timing is not None
+    assert timing.dense_seconds == pytest.approx(10)
+    last = found.timing["runs"][-1]["cost"]
+    assert timing.speedup(last) == pytest.approx(10 / 9, rel=0.02)
+    assert timing.realised < 1
+    assert found.predicted["speedup"] >= 1.1 * (1 - 1e-6)
+    assert told[-1][0] == told[-1][1]
+    assert resolve(found, Budget(speedup=1.1)).digest == found.digest
 
 
 def test_another_budget_takes_less_than_a_second(plan: Plan) -> None:
