@@ -38,8 +38,8 @@ def search(
         typer.Option(
             metavar="NAME=VALUE",
             help="What the plan may spend or must keep: flops=0.3 or density=0.3 (of dense), "
-            "error=0.05, speedup=1.5, latency=60 (seconds) or psnr=30 (dB); with "
-            ",cache_bytes=1e9 no more than that is kept between steps.",
+            "error=0.05, speedup=1.5, latency=60 (seconds) or psnr=30 (dB); price=0.01,gate=1 is "
+            "Sparse-vDiT's rule; with ,cache_bytes=1e9 no more than that is kept between steps.",
         ),
     ],
     out: OutOption,

@@ -40,11 +40,8 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.transfer import transferred
 from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import read_prompts
-from dit_sparse.search.baselines import best_uniform
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
-from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.solution import solution_of
 from dit_sparse.search.space import KINDS
 from dit_sparse.search.timing import Timing
 from dit_sparse.session import Session, open_session
@@ -59,7 +56,7 @@ PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
 PRESET_PROMPTS = 2
 CACHE_PROMPTS = 1
 SEARCH_PROMPTS = 2
-FLOPS_PROMPTS = 1
+FLOPS_PROMPTS = 2
 TRANSFER_PROMPTS = 2
 TRANSFERRED = 0.3
 ELSEWHERE: dict[str, dict[str, int]] = {
@@ -160,29 +157,9 @@ def measure() -> None:
     for density in DENSITIES:
         searched = Plan.from_pretrained(PLANS / plan_name(density))
         plans[f"searched {density:.0%}"] = searched
-        uniform = uniform_plan(searched)
+        uniform = search_study.uniform_plan(searched)
         plans[f"uniform {density:.0%}, {uniform.provenance['uniform']}"] = uniform
     _compare(open_session(MODEL), plans, None, RESULTS, table)
-
-
-def uniform_plan(searched: Plan) -> Plan:
-    """The one pattern for all heads and steps, its other pairs dropped, of least error within the
-    FLOPs of a searched plan, under the schedule that suits it best."""
-    evidence = Evidence.of_plan(searched)
-    space = evidence.space
-    shared = range(0, len(space.patterns) * len(space.remainders), len(space.remainders))
-    found: list[tuple[float, Plan]] = []
-    for schedule in evidence.schedules:
-        tables = evidence.tables(schedule)
-        flops = searched.predicted["flops"]
-        if schedule.phases or tables.flops[:, 0, shared].mean(0).min() > flops:
-            continue
-        number = best_uniform(tables, flops, shared)
-        error = solution_of(evidence, number, schedule).predicted["error"]
-        found.append((error, evidence.planned(searched, number, schedule)))
-    plan = min(found, key=lambda each: each[0])[1]
-    name = str(next(iter(plan.assignment.values()))[0])
-    return replace(plan, evidence={}, provenance={"uniform": name})
 
 
 def flops() -> None:

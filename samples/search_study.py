@@ -15,12 +15,13 @@ from torchmetrics.functional import spearman_corrcoef
 
 from dit_sparse.comparison import Comparison
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Choice
-from dit_sparse.kernels.remainder import Pooled
+from dit_sparse.kernels.pattern import Band, Choice, Columns, Full, Skip
+from dit_sparse.kernels.remainder import Drop, Pooled
 from dit_sparse.kernels.scaling import at_density
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
-from dit_sparse.search.baselines import random_assignment
+from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.search.baselines import best_uniform, random_assignment
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.course import Keeping, courses
 from dit_sparse.search.driver import resolve
@@ -33,15 +34,24 @@ SHARES = (0.3, 0.2, 0.1)
 """Attention FLOPs of a whole generation, of dense, at which plans are compared."""
 
 RANDOM_PLANS = 50
-LEFT_OUT = ("sparse-vdit", "svg2", "oracle", "mass-each-step", "sparsed", "asa-repo", "asa-g")
-"""No density can be asked of the first, and the second finds its own; the next two are no methods;
-SparseD differs from AdaSpa at its own schedule alone, the code of ASA from its paper at its own
-density; ASA-G cannot compute so little."""
+
+PRICES = 30
+"""Bisections of a price."""
+
+LEFT_OUT = ("sparse-vdit", "svg2", "sparge", "radial", "oracle", "mass-each-step", "sparsed")
+LEFT_OUT += ("asa-repo", "asa-g")
+"""Of the first no density can be asked, its rule stands in its place; SVG2 finds its own;
+SpargeAttn, Radial and ASA-G cannot compute so little here; the next two are no methods; SparseD
+differs from AdaSpa at its own schedule alone, ASA's code from its paper at its own density."""
+
+MODES = (Full, Skip, Band, Columns)
+"""Of Sparse-vDiT."""
 
 
 def rivals(pipe: Any, searched: Plan, settings: Settings) -> dict[str, Plan]:
     """Plans that compute equal shares of a dense generation's attention: searched, of random
-    candidates under the same schedule, and every preset.
+    candidates under the same schedule, the best of one pattern for all heads, of Sparse-vDiT's
+    rule, and every preset.
 
     A preset spends half of the share on dense first steps, and the rest on sparse ones.
     """
@@ -53,11 +63,61 @@ def rivals(pipe: Any, searched: Plan, settings: Settings) -> dict[str, Plan]:
         drawn = random_assignment(evidence.tables(own.schedule), share, seed=0)
         by_lot = evidence.planned(own, drawn, own.schedule)
         plans[f"random candidates@{share:g}"] = replace(by_lot, evidence={})
+        plans[f"uniform@{share:g}"] = uniform_plan(own)
+        plans[f"rule of sparse-vdit@{share:g}"] = by_rule(own)
         for name in PRESETS | COMBINATIONS:
             plan = None if name in LEFT_OUT else preset_at(name, share, pipe, own, settings)
             if plan is not None:
                 plans[f"{name}@{share:g}"] = plan
     return plans
+
+
+def uniform_plan(searched: Plan) -> Plan:
+    """The one pattern for all heads and steps, its other pairs dropped, of least error within the
+    FLOPs of a searched plan, under the schedule that suits it best."""
+    evidence = Evidence.of_plan(searched)
+    space = evidence.space
+    shared = range(0, len(space.patterns) * len(space.remainders), len(space.remainders))
+    found: list[tuple[float, Plan]] = []
+    for schedule in evidence.schedules:
+        tables = evidence.tables(schedule)
+        flops = searched.predicted["flops"]
+        if schedule.phases or tables.flops[:, 0, shared].mean(0).min() > flops:
+            continue
+        number = best_uniform(tables, flops, shared)
+        error = solution_of(evidence, number, schedule).predicted["error"]
+        found.append((error, evidence.planned(searched, number, schedule)))
+    plan = min(found, key=lambda each: each[0])[1]
+    name = str(next(iter(plan.assignment.values()))[0])
+    return replace(plan, evidence={}, provenance={"uniform": name})
+
+
+def by_rule(searched: Plan) -> Plan:
+    """What Sparse-vDiT's rule makes of the evidence of a searched plan, with the modes that the
+    paper has and the least price that keeps to the FLOPs of that plan, of which, as with presets,
+    half is spent on dense first steps."""
+    evidence = Evidence.of_plan(searched)
+    share, steps = searched.predicted["flops"], evidence.sightings.steps
+    modes = torch.tensor(
+        [
+            isinstance(own.pattern, MODES) and own.remainder == Drop()
+            for own in (evidence.candidate(0, 0, n) for n in range(evidence.density.shape[-1]))
+        ]
+    )
+    schedule = Schedule(dense_first=max(1, round(share * steps / 2)))
+    own = replace(
+        evidence,
+        error=evidence.error.masked_fill(~modes[:, None, None], torch.inf),
+        schedules=(schedule,),
+    )
+    low, high = -30.0, 10.0
+    for _ in range(PRICES):
+        middle = (low + high) / 2
+        spent = solve(own, Budget(price=2**middle)).predicted["flops"]
+        low, high = (middle, high) if spent > share else (low, middle)
+    chosen = solve(own, Budget(price=2**high)).chosen
+    plan = evidence.planned(searched, chosen, schedule)
+    return replace(plan, evidence={}, provenance={"rule": f"price={2**high:.3g}"})
 
 
 def preset_at(name: str, share: float, pipe: Any, like: Plan, settings: Settings) -> Plan | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Budget:
-    """One limit, on one of six scales; the search finds the best plan that keeps it.
+    """One limit, on one of seven scales; the search finds the best plan that keeps it.
 
     Args:
         flops (`float`, *optional*): most attention FLOPs of a whole generation in (0, 1], relative
@@ -26,6 +26,11 @@ class Budget:
         latency (`float`, *optional*): most predicted seconds of a whole generation.
         psnr (`float`, *optional*): least PSNR in dB of generated videos against the dense ones of
             the same seeds, mean over the prompts of the search, in (0, 100].
+        price (`float`, *optional*): no limit but the rule of Sparse-vDiT (arXiv 2506.03065,
+            section 4): every head takes what has the least error + price * FLOPs (its lambda),
+            both of this head alone and over the whole generation; at least 0.
+        gate (`float`, *optional*): beside a price, the largest such sum of a head that runs sparse
+            (its epsilon); a head of which none is as small runs full. Without one none does.
         cache_bytes (`int`, *optional*): beside one of the others, most memory that may be kept
             between denoising steps, over all guidance branches.
 
@@ -44,6 +49,8 @@ class Budget:
     speedup: float | None = None
     latency: float | None = None
     psnr: float | None = None
+    price: float | None = None
+    gate: float | None = None
     cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +64,12 @@ class Budget:
         valid, expected, remedy = _RANGES[self.name]
         if isinstance(self.value, bool) or not valid(self.value):
             raise ValueError(f"{self.name} must be {expected}, came {self.value!r}; {remedy}")
+        gate = self.gate
+        if gate is not None and (self.price is None or not gate >= 0):
+            raise ValueError(
+                f"gate must be a number of at least 0 beside a price, came {gate!r} beside "
+                f"{self.name}; for instance price=0.5,gate=1"
+            )
         held = self.cache_bytes
         if held is not None and (type(held) is not int or held < 0):
             raise ValueError(
@@ -74,16 +87,20 @@ class Budget:
         return getattr(self, self.name)
 
     def __str__(self) -> str:
-        held = "" if self.cache_bytes is None else f",cache_bytes={self.cache_bytes}"
-        return f"{self.name}={self.value:g}{held}"
+        return ",".join([f"{self.name}={self.value:g}", *self._beside("{}={:.12g}")])
 
     def __repr__(self) -> str:
-        held = "" if self.cache_bytes is None else f", cache_bytes={self.cache_bytes}"
-        return f"Budget({self.name}={self.value!r}{held})"
+        return f"Budget({', '.join([f'{self.name}={self.value!r}', *self._beside('{}={!r}')])})"
+
+    def _beside(self, form: str) -> list[str]:
+        given = ((name, getattr(self, name)) for name in BESIDE)
+        return [form.format(name, value) for name, value in given if value is not None]
 
 
-CACHE = "cache_bytes"
-BUDGETS = tuple(field.name for field in fields(Budget) if field.name != CACHE)
+BESIDE = ("gate", "cache_bytes")
+"""What may be given beside one of the others."""
+
+BUDGETS = tuple(field.name for field in fields(Budget) if field.name not in BESIDE)
 """Names of the budgets of which one can be asked for."""
 
 CLOCKED = ("speedup", "latency")
@@ -115,6 +132,11 @@ _RANGES = {
         "a positive number of seconds",
         "it is the time of one generation",
     ),
+    "price": (
+        lambda value: 0 <= value < math.inf,
+        "a finite number of at least 0",
+        "it is what all of dense attention is worth in error, so less keeps more heads full",
+    ),
     "psnr": (
         lambda value: 0 < value <= 100,
         "in (0, 100] dB",
@@ -124,7 +146,8 @@ _RANGES = {
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget that a command line gives as `name=value`, or `name=value,cache_bytes=value`.
+    """The budget that a command line gives as `name=value`, or with what may be beside it, as
+    `name=value,cache_bytes=value`.
 
     Raises:
         ValueError: if a name is unknown or a value is no number in range.
@@ -137,14 +160,16 @@ def parse_budget(text: str) -> Budget:
     given: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in (*BUDGETS, CACHE) or name in given:
+        if not equals or name not in (*BUDGETS, *BESIDE) or name in given:
             raise ValueError(
-                f"budget: expected name=value with a name of {', '.join(BUDGETS)}, and "
-                f"{CACHE}=value beside it if need be, came {text!r}; for instance flops=0.3"
+                f"budget: expected name=value with a name of {', '.join(BUDGETS)}, "
+                f"and {' or '.join(BESIDE)} beside it if need be, came {text!r}; for instance "
+                "flops=0.3"
             )
         try:
             number = float(value)
-            given[name] = int(number) if name == CACHE and number.is_integer() else number
+            whole = name == "cache_bytes" and number.is_integer()
+            given[name] = int(number) if whole else number
         except ValueError as error:
             raise ValueError(
                 f"budget: expected a number after {name}=, came {value!r}; for instance {name}="
@@ -160,5 +185,7 @@ _EXAMPLES = {
     "speedup": 1.5,
     "latency": 60,
     "psnr": 30,
-    CACHE: 10**9,
+    "price": 0.01,
+    "gate": 1,
+    "cache_bytes": 10**9,
 }

@@ -59,6 +59,18 @@ def test_bytes_are_a_number_of_bytes(value: Any) -> None:
         Budget(flops=0.3, cache_bytes=value)
 
 
+@pytest.mark.parametrize("asked", [{"flops": 0.3, "gate": 1.0}, {"price": 0.3, "gate": -1.0}])
+def test_a_gate_stands_beside_a_price(asked: dict[str, float]) -> None:
+    with pytest.raises(
+        ValueError, match=r"gate must be .* beside a price, came .*price=0\.5,gate=1"
+    ):
+        Budget(**asked)
+    both = parse_budget("price=0.5, gate=1")
+    assert (both.name, both.value, both.gate) == ("price", 0.5, 1.0)
+    assert parse_budget(str(both)) == both
+    assert repr(both) == "Budget(price=0.5, gate=1.0)"
+
+
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, True], ids=str)
 @pytest.mark.parametrize(
     ("name", "limit"),
@@ -69,13 +81,14 @@ def test_bytes_are_a_number_of_bytes(value: Any) -> None:
         ("speedup", "a finite number of at least 1"),
         ("latency", "a positive number of seconds"),
         ("psnr", r"in \(0, 100\] dB"),
+        ("price", "a finite number of at least 0"),
     ],
 )
 def test_out_of_range_is_refused(name: str, limit: str, value: float) -> None:
-    if (name, value) == ("error", 0):
-        assert Budget(error=value).value == 0
-        return
     asked: dict[str, Any] = {name: value}
+    if name in ("error", "price") and value == 0:
+        assert Budget(**asked).value == 0
+        return
     with pytest.raises(ValueError, match=f"{name} must be {limit}, came {value}"):
         Budget(**asked)
 
@@ -97,7 +110,7 @@ def test_ends(asked: dict[str, Any]) -> None:
         ("psnr=thirty", "expected a number after psnr=.* for instance psnr=30"),
         ("density=30", "share that is computed"),
         ("flops=30", "share of dense attention"),
-        ("flops=0.3,cache_bytes", "expected name=value .* cache_bytes=value beside it"),
+        ("flops=0.3,cache_bytes", "expected name=value .* gate or cache_bytes beside it"),
         ("flops=0.3,flops=0.4", "expected name=value .*, came 'flops=0.3,flops=0.4'"),
         ("flops=0.3,", "expected name=value"),
         ("flops=0.3,density=0.4", "expected exactly one of .* came flops=0.3, density=0.4"),
