@@ -80,7 +80,7 @@ def search(
     from dit_sparse.plan_summary import plan_summary
     from dit_sparse.runs import prepare_folder, refuse_existing
     from dit_sparse.search.budget import parse_budget
-    from dit_sparse.search.driver import resolve
+    from dit_sparse.search.solution import resolve
 
     limit = parse_budget(budget)
     if from_plan is not None and (model is not None or prompts is not None):

@@ -42,7 +42,8 @@ from dit_sparse.pipelines.transfer import transferred
 from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import read_prompts
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.driver import resolve, search_plan
+from dit_sparse.search.driver import search_plan
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import KINDS
 from dit_sparse.search.timing import Timing
 from dit_sparse.session import Session, open_session

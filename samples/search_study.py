@@ -24,9 +24,8 @@ from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.baselines import best_uniform, random_assignment
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.course import Keeping, courses
-from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.solution import solution_of, solve
+from dit_sparse.search.solution import resolve, solution_of, solve
 from dit_sparse.search.space import search_cost
 from dit_sparse.settings import Settings
 

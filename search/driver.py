@@ -13,37 +13,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
-
-from torch import Tensor
 
 from dit_sparse.kernels.error import Metric, check_metric
 from dit_sparse.kernels.pattern import Columns, Full
 from dit_sparse.pipelines.capture import observed_grid
-from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan, layer_paths
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import CLOCKED, Budget
 from dit_sparse.search.course import schedules as all_schedules
 from dit_sparse.search.course import sightings
-from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.fidelity import CHECKS, distance, loosest, mean_psnr
+from dit_sparse.search.fidelity import CHECKS
 from dit_sparse.search.gathering import evidence_of
 from dit_sparse.search.generations import Generations
 from dit_sparse.search.observer import Scoring
-from dit_sparse.search.pace import TRIALS, paced
-from dit_sparse.search.propagation import importance, propagation
+from dit_sparse.search.pace import TRIALS
 from dit_sparse.search.record import Record, Seen
-from dit_sparse.search.solution import solve
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import KINDS, Space, check_kinds, column_counts, patterns, remainders
 from dit_sparse.search.timing import StepTimes, Timing
-
-PROPAGATED = 0.4
-"""Share of dense FLOPs at which layers run alone, to see what becomes of their errors."""
+from dit_sparse.search.trials import Trials, faithful, fast, timed, weighed
 
 
 def search_plan(
@@ -101,7 +93,7 @@ def search_plan(
         progress (`Callable`, *optional*): told (steps done, steps in all) after every step.
 
     Returns:
-        `Plan`: with the evidence, from which `resolve` makes plans for other budgets.
+        `Plan`: with the evidence, from which `solution.resolve` makes plans for other budgets.
 
     Raises:
         ValueError: if an argument is out of range, the budget cannot be kept, or the model
@@ -165,75 +157,18 @@ def search_plan(
         evidence=evidence.arrays(),
     )
     if seen[0].run["timing"] is not None:
-        searched = _timed(searched, Timing(**seen[0].run["timing"]))
-    references = [each.video for each in seen if each.video is not None]
-
-    def videos(plan: Plan, count: int) -> list[Tensor]:
-        with enable_sparse_attention(pipe, plan):
-            return [generations.video(number) for number in range(count)]
-
+        searched = timed(searched, Timing(**seen[0].run["timing"]))
+    trials = Trials(pipe, generations, [each.video for each in seen if each.video is not None])
     if propagate:
-
-        def moved(plan: Plan) -> float:
-            return distance(references[:1], videos(plan, 1))
-
-        evidence = replace(evidence, importance=importance(evidence, searched, moved))
-        usual = solve(evidence, Budget(flops=PROPAGATED))
-        weights = propagation(evidence, usual, searched, moved)
-        evidence = replace(evidence, propagation=weights)
-        searched = replace(searched, evidence=evidence.arrays())
-    timing = Timing.of_plan(searched)
-    if clocked and timing is not None:
-
-        def planned(timing: Timing) -> Plan:
-            return resolve(_timed(searched, timing), budget)
-
-        def run(plan: Plan) -> tuple[float, float]:
-            start = perf_counter()
-            videos(plan, 1)
-            between = perf_counter()
-            generations.video(0)
-            return between - start, perf_counter() - between
-
-        found, runs = paced(planned, run, timing)
-        return replace(found, timing=found.timing | {"runs": [asdict(run) for run in runs]})
-    if budget.psnr is None:
-        return resolve(searched, budget)
-
-    def compare(flops: float) -> tuple[float, float]:
-        plan = resolve(searched, replace(budget, psnr=None, flops=flops))
-        came = mean_psnr(references, videos(plan, len(prompts)))
-        return plan.predicted["flops"], came
-
-    least = min(evidence.tables(each).flops.amin(-1).mean().item() for each in allowed)
-    found = loosest(compare, budget.psnr, least)
+        searched = weighed(searched, trials)
+    if generated:
+        searched = faithful(searched, budget, trials)
+    elif clocked:
+        searched = fast(searched, budget, trials)
+    else:
+        searched = resolve(searched, budget)
     generations.finish()
-    held = resolve(searched, replace(budget, psnr=None, flops=found.share))
-    achieved = {"psnr": found.psnr, "checks": [list(check) for check in found.checks]}
-    provenance = held.provenance | {"budget": str(budget), "achieved": achieved}
-    return replace(held, provenance=provenance)
-
-
-def resolve(plan: Plan, budget: Budget) -> Plan:
-    """The plan for another budget from the evidence of a searched plan, without a search.
-
-    Raises:
-        ValueError: if the plan carries no evidence, the budget cannot be kept, or it is a PSNR,
-            which needs the pipeline.
-    """
-    evidence = Evidence.of_plan(plan)
-    solution = solve(evidence, budget, Timing.of_plan(plan))
-    provenance = plan.provenance | {"budget": str(budget), "predicted": solution.predicted}
-    provenance.pop("achieved", None)
-    return replace(
-        evidence.planned(plan, solution.chosen, solution.schedule),
-        provenance=provenance,
-        timing=plan.timing | {"predicted": solution.times},
-    )
-
-
-def _timed(plan: Plan, timing: Timing) -> Plan:
-    return replace(plan, timing=plan.timing | {"dense": timing.to_dict()})
+    return searched
 
 
 def _see(

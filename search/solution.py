@@ -7,11 +7,12 @@ assignments wins.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.assign import SLACK, assign, assign_cheapest, sparse_vdit
 from dit_sparse.search.budget import CLOCKED, Budget
@@ -92,6 +93,24 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
         return (far, error, flops) if budget.error is None else (far, flops, error)
 
     return min(found, key=rank)
+
+
+def resolve(plan: Plan, budget: Budget) -> Plan:
+    """The plan for another budget from the evidence of a searched plan, without a search.
+
+    Raises:
+        ValueError: if the plan carries no evidence, the budget cannot be kept, or it is a PSNR,
+            which needs the pipeline.
+    """
+    evidence = Evidence.of_plan(plan)
+    solution = solve(evidence, budget, Timing.of_plan(plan))
+    provenance = plan.provenance | {"budget": str(budget), "predicted": solution.predicted}
+    provenance.pop("achieved", None)
+    return replace(
+        evidence.planned(plan, solution.chosen, solution.schedule),
+        provenance=provenance,
+        timing=plan.timing | {"predicted": solution.times},
+    )
 
 
 def solution_of(

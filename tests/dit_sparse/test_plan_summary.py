@@ -19,8 +19,8 @@ from dit_sparse.plan_summary import plan_summary
 from dit_sparse.plots import plot_plan
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.course import Sightings
-from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import Space
 from dit_sparse.search.timing import Timing
 from dit_sparse.tables import choices_table, plan_table

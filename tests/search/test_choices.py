@@ -12,8 +12,8 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.choices import choices
-from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import Candidate
 from tests.searched import HEADS, PHASED, SCHEDULES, SPACE, TIMING, evidence_of, plan_of
 

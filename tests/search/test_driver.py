@@ -14,10 +14,11 @@ from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.hook import disable_sparse_attention, enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search import driver, fidelity
+from dit_sparse.search import fidelity, trials
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.driver import resolve, search_plan
+from dit_sparse.search.driver import search_plan
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.timing import StepTimes, Timing
 from tests import tiny
 
@@ -300,7 +301,7 @@ def test_a_psnr_is_held_by_the_videos(pipe: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_speedup_is_held_by_what_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Three trials of 9 s beside dense generations of 10 s.
     clock = iter((0.0, 9.0, 19.0) * 3)
-    monkeypatch.setattr(driver, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(trials, "perf_counter", lambda: next(clock))
     known = Timing("a device", 4, 2.0, 0.5, 2.0)
     monkeypatch.setattr(StepTimes, "dense", lambda *_: known)
     told: list[tuple[int, int]] = []

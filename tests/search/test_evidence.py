@@ -14,8 +14,8 @@ from dit_sparse.kernels.remainder import Complement, Drop, Pooled
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.driver import resolve
 from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import Candidate
 from tests.searched import GRID, HEADS, MASS, PHASED, SCHEDULES, SEEN, STEPS, evidence_of, plan_of
 

@@ -6,8 +6,8 @@ import pytest
 
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.driver import resolve
 from dit_sparse.search.pace import TRIALS, paced
+from dit_sparse.search.solution import resolve
 from dit_sparse.search.timing import Run, Timing
 from tests.searched import TIMING, evidence_of, plan_of
 

@@ -15,9 +15,9 @@ from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.driver import resolve, search_plan
+from dit_sparse.search.driver import search_plan
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.solution import FAR, solution_of, solve
+from dit_sparse.search.solution import FAR, resolve, solution_of, solve
 from dit_sparse.search.space import KINDS
 from tests import tiny
 from tests.searched import (
