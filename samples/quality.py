@@ -57,8 +57,6 @@ DENSITIES = (0.5, 0.3, 0.2)
 PRESET_DENSITIES = (0.5, 0.3, 0.2, 0.1)
 PRESET_PROMPTS = 2
 CACHE_PROMPTS = 1
-SEARCH_PROMPTS = 2
-PSNR_PROMPTS = 5
 SPEEDUP_PROMPTS = 4
 SPEEDUP = 1.5
 FLOPS_PROMPTS = 2
@@ -105,7 +103,7 @@ def search() -> None:
         resolve(plan, Budget(density=density)).save_pretrained(PLANS / plan_name(density))
     assert timing is not None
     cost = {
-        "prompts": SEARCH_PROMPTS,
+        "prompts": len(_texts("search.txt")),
         "seconds": seconds,
         "dense_seconds": timing.dense_seconds,
         "generations": seconds / timing.dense_seconds,
@@ -140,13 +138,12 @@ def _searched(
     budget: Budget,
     work: Path | None = None,
     candidates: Collection[str] = KINDS,
-    prompts: int = SEARCH_PROMPTS,
+    more: str | None = None,
 ) -> Plan:
     settings = session.settings
-    texts = [each.text for each in read_prompts(SAMPLES / "prompts" / "search.txt")]
     return search_plan(
         session.pipe,
-        texts[:prompts],
+        _texts("search.txt") + ([] if more is None else _texts(more)),
         budget,
         steps=settings.steps,
         height=settings.height,
@@ -199,7 +196,7 @@ def psnr() -> None:
     with tempfile.TemporaryDirectory() as work:
         for name in ("searched 50%", "searched 20%"):
             asked = measured[name]
-            plan = _searched(session, Budget(psnr=asked), Path(work), prompts=PSNR_PROMPTS)
+            plan = _searched(session, Budget(psnr=asked), Path(work), more="psnr.txt")
             held = plan.provenance["achieved"]["psnr"]
             plans[f"psnr={asked:g}, {held:.1f} on the search's prompts"] = plan
     _compare(session, plans, None, RESULTS / "psnr", table)
@@ -276,6 +273,10 @@ def _compare(
 def _searched_plan() -> Plan:
     """A plan of the search, whose evidence any budget is solved from."""
     return Plan.from_pretrained(PLANS / plan_name(DENSITIES[0]))
+
+
+def _texts(file: str) -> list[str]:
+    return [prompt.text for prompt in read_prompts(SAMPLES / "prompts" / file)]
 
 
 def _peak() -> int:
