@@ -134,6 +134,10 @@ def test_each_phase_has_its_own_growth() -> None:
     expected = {(0, 0): WINDOW, (0, 1): SHARE, (1, 0): SHARE, (1, 1): WINDOW}
     assert told == {(phase, LAYER, head): each for (phase, head), each in expected.items()}
 
+    # A phase that runs dense tells nothing.
+    dense = replace(plan, schedule=Schedule(dense_first=5, phases=(0.5,)))
+    assert {phase for phase, _, _ in growths(dense, beside)} == {1}
+
     moved = transferred(plan, grid=(21, 32, 32), growths=told)
     assert moved.assignment == {LAYER: (Band(405), Band(2268))}
     assert moved.later[0].assignment == {LAYER: (Band(2268), Band(405))}
@@ -193,9 +197,9 @@ def test_errors_are_those_with_the_remainder_of_the_head() -> None:
 
 def test_other_weights_of_layers_and_steps_change_nothing() -> None:
     band = Band(405)
-    plan, beside = pair(LARGER, band, law(band, SHARE))
+    plan, beside = pair(LARGER, band, law(band, WINDOW))
     weights = {"propagation": torch.tensor([100.0]), "importance": torch.tensor([9.0, 1.0])}
-    assert found(plan, replace(beside, evidence=beside.evidence | weights)) == [SHARE]
+    assert found(plan, replace(beside, evidence=beside.evidence | weights)) == [WINDOW]
 
 
 def test_errors_between_candidates_lie_between_theirs() -> None:
