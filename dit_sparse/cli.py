@@ -263,6 +263,14 @@ def transfer(
     out: OutOption,
     grid: GridOption = None,
     steps: StepsOption = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="One searched for the same model on another grid: its evidence decides whether a "
+            "head keeps its share of the grid or its number of tokens.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -270,14 +278,20 @@ def transfer(
     from dit_sparse.pipelines.transfer import transferred
     from dit_sparse.plan_summary import plan_summary
     from dit_sparse.runs import prepare_folder, refuse_existing
+    from dit_sparse.search.elasticity import growths
 
     if grid is None and steps is None:
         raise typer.BadParameter("give --grid TxHxW, --steps N, or both")
+    if grid is None and beside is not None:
+        raise typer.BadParameter("--beside is about patterns on another grid; give --grid TxHxW")
     refuse_existing(out / "plan.json", overwrite)
-    shape = None if grid is None else grid_of(grid)
-    carried = transferred(_plan(plan), grid=shape, steps=steps)
+    shape, source = None if grid is None else grid_of(grid), _plan(plan)
+    told = None if beside is None else growths(source, _plan(beside))
+    carried = transferred(source, grid=shape, steps=steps, growths=told)
     carried.save_pretrained(prepare_folder(out))
     print_plan(plan_summary(carried), json_output)
+    for growth, heads in carried.provenance.get("growth", {}).items():
+        say(f"{growth}: {heads:.4g} heads")
     say(f"wrote {out}")
 
 

@@ -1,7 +1,8 @@
 """Scaling: a pattern carried over to another token grid, or to another density."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dit_sparse.kernels.blocks import block_density
 from dit_sparse.kernels.definition import Triple
@@ -24,29 +25,59 @@ from dit_sparse.kernels.select import at_density as select_at_density
 _HALVINGS = 24
 
 
-def at_grid(pattern: Pattern, source: TokenGrid, grid: TokenGrid) -> Pattern:
-    """The pattern that covers on `grid` the share of every axis that `pattern` covers on
-    `source`: windows and strides of each axis, half widths of bands. Clusters keep their sizes,
-    and so their share of the cost. Others are what they are.
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Along which axes a pattern grows with the token grid; along the others it keeps its tokens.
+
+    By the elastic rules of MoA (arXiv 2406.14909) a head looks as far as `alpha + beta * length`.
+    Here an axis has only one of the two: `beta`, and so a share, if the pattern grows along it,
+    or `alpha`, a number of tokens.
+
+    Args:
+        frames: whether it grows with the number of frames.
+        space: whether it grows with height and width.
+    """
+
+    frames: bool = True
+    space: bool = True
+
+    def __str__(self) -> str:
+        if self.frames == self.space:
+            return "share" if self.frames else "window"
+        kept, grown = ("space", "frames") if self.frames else ("frames", "space")
+        return f"share of {grown}, window of {kept}"
+
+
+def at_grid(
+    pattern: Pattern, source: TokenGrid, grid: TokenGrid, growth: Growth = Growth()
+) -> Pattern:
+    """The pattern that covers on `grid` what `pattern` covers on `source`: of the axes that it
+    grows along the same share, of the others as many tokens, or all if there are fewer. That goes
+    for windows and strides of each axis and half widths of bands. Clusters keep their sizes, and
+    so their share of the cost. Others are what they are.
 
     >>> str(at_grid(Neighborhood((18, 24, 24)), TokenGrid(30, 48, 80), TokenGrid(15, 16, 16)))
     'neighborhood 9x8x5'
+    >>> at_grid(Band(64), TokenGrid(5, 8, 8), TokenGrid(9, 16, 16), Growth(frames=False))
+    Band(half_width=256, axis_order='raster')
     """
+    grown = (growth.frames, growth.space, growth.space)
+    axes = [
+        (old, new) if grows else (1, 1)
+        for old, new, grows in zip(source.shape, grid.shape, grown, strict=True)
+    ]
     match pattern:
         case Band():
-            spans = [
-                g.height * g.width if pattern.axis_order == "in_frame" else g.video
-                for g in (source, grid)
-            ]
-            return replace(pattern, half_width=round(pattern.half_width * spans[1] / spans[0]))
+            spanned = axes[1:] if pattern.axis_order == "in_frame" else axes
+            old, new = map(math.prod, zip(*spanned, strict=True))
+            return replace(pattern, half_width=round(pattern.half_width * new / old))
         case Neighborhood():
-            factors = [new / old for old, new in zip(source.shape, grid.shape, strict=True)]
+            factors = [new / old for old, new in axes]
             window = _scaled(pattern.window, factors, grid.shape)
             return replace(pattern, window=window, stride=_scaled(pattern.stride, factors, window))
         case AnyOf() | Choice():
-            return replace(
-                pattern, patterns=tuple(at_grid(part, source, grid) for part in pattern.patterns)
-            )
+            parts = tuple(at_grid(part, source, grid, growth) for part in pattern.patterns)
+            return replace(pattern, patterns=parts)
         case Scored(score=Clustered() as score):
             share = grid.video / source.video
             queries, keys = (max(1, round(n * share)) for n in (score.queries, score.keys))

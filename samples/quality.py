@@ -43,6 +43,7 @@ from dit_sparse.preset_plans import preset_plans
 from dit_sparse.prompts import read_prompts
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import search_plan
+from dit_sparse.search.elasticity import growths
 from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import KINDS
 from dit_sparse.search.timing import Timing
@@ -68,6 +69,9 @@ ELSEWHERE: dict[str, dict[str, int]] = {
     "30-steps": {"steps": 30},
 }
 """Other sizes than the default 15x16x16 tokens and 20 steps."""
+
+BESIDE = {"frames": 21, "height": 48, "width": 48}
+"""11x12x12 tokens, of a second search that tells how patterns grow."""
 
 
 def main() -> None:
@@ -115,21 +119,27 @@ def search() -> None:
 
 
 def transfer() -> None:
-    """A plan of the default size at other sizes and numbers of steps: as it is, carried over, and
-    searched there."""
+    """A plan of the default size at other sizes and numbers of steps: as it is, carried over by
+    rule and as a search at a second size tells, and searched there."""
     session = open_session(MODEL)
     budget = Budget(flops=TRANSFERRED)
     # Columns list blocks of their own grid.
     kinds = [kind for kind in KINDS if kind != Columns.kind]
     home = _searched(session, budget, candidates=kinds)
+    second = replace(session, settings=replace(session.settings, **BESIDE))
+    grown = growths(home, _searched(second, budget, candidates=kinds))
     for name, changes in ELSEWHERE.items():
         away = replace(session, settings=replace(session.settings, **changes))
         there = _searched(away, budget, candidates=kinds)
+        steps = away.settings.steps
         plans = {
             "as it is": home,
-            "carried over": transferred(home, grid=there.grid, steps=away.settings.steps),
+            "carried over": transferred(home, grid=there.grid, steps=steps),
             "searched there": there,
         }
+        if there.grid != home.grid:
+            beside = transferred(home, grid=there.grid, steps=steps, growths=grown)
+            plans["carried over, told by a second search"] = beside
         _compare(away, plans, TRANSFER_PROMPTS, RESULTS / "transfer" / name, table)
 
 

@@ -137,9 +137,49 @@ def test_search_tries_what_it_is_told_to_and_transfer_carries_it_over(
     code, out, err = run("transfer", found, "--grid", "3x8x8", "--out", carried, "--json")
     assert code == 0, err
     assert Plan.from_pretrained(carried).grid == (3, 8, 8)
+    told = [line for line in err.splitlines() if line.endswith(" heads")]
+    assert len(told) == ("band" in summary["patterns"])
+    assert all(line.startswith("usual: ") for line in told)
     code, _, err = run("transfer", found, "--out", carried)
     assert code == 2
     assert "give --grid" in err
+
+
+def test_transfer_tells_how_heads_grow_by_a_plan_beside(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    found, beside, carried = tmp_path / "found", tmp_path / "beside", tmp_path / "carried"
+    for out, frames, width in ((found, 5, 64), (beside, 9, 96)):
+        code, _, err = run(
+            "search", "--model", model, "--prompts", prompts, "--budget", "flops=0.8",
+            "--block", 8, "--candidates", "band", "--frames", frames, "--width", width,
+            "--out", out,
+        )  # fmt: skip
+        assert code == 0, err
+    bands = Plan.from_pretrained(found).heads
+    heads = sum(share for (pattern, _), share in bands.items() if pattern.kind == "band")
+    assert heads > 0
+
+    command = ("transfer", found, "--out", carried, "--beside")
+    code, _, err = run(*command, beside, "--grid", "5x8x8")
+    assert code == 0, err
+    growth = Plan.from_pretrained(carried).provenance["growth"]
+    assert sum(growth.values()) == pytest.approx(heads)
+    assert "usual" not in growth
+    for name, count in growth.items():
+        assert f"{name}: {count:.4g} heads" in err.splitlines()
+
+    code, _, err = run(*command, found, "--grid", "5x8x8", "--overwrite")
+    assert code == 1
+    assert "both plans were searched on grid" in errors(err)[0]
+    code, _, err = run(*command, carried, "--grid", "5x8x8", "--overwrite")
+    assert code == 1
+    assert "the plan beside it carries no evidence" in errors(err)[0]
+    code, _, err = run(*command, beside, "--steps", 9, "--overwrite")
+    assert code == 2
+    assert "--beside is about patterns on another grid" in err
 
 
 def test_demo_leaves_its_files(

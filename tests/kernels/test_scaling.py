@@ -14,7 +14,7 @@ from dit_sparse.kernels.pattern import (
     Skip,
     Stripes,
 )
-from dit_sparse.kernels.scaling import at_density, at_grid
+from dit_sparse.kernels.scaling import Growth, at_density, at_grid
 from dit_sparse.kernels.score import Clustered, Mass
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import (
@@ -41,6 +41,49 @@ def test_windows_keep_their_share_of_every_axis() -> None:
     assert at_grid(scaled, GRID, GRID) == scaled
     tiny = at_grid(Neighborhood((2, 3, 3), (2, 1, 1)), SOURCE, TokenGrid(2, 3, 4))
     assert tiny == Neighborhood((1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept", "frames", "space"),
+    [
+        (
+            Neighborhood((6, 12, 10), (2, 6, 5)),
+            Neighborhood((6, 12, 10), (2, 6, 5)),
+            Neighborhood((3, 12, 10), (1, 6, 5)),
+            Neighborhood((6, 4, 2), (2, 2, 1)),
+        ),
+        # As much of the window as the axis has.
+        (
+            Neighborhood((20, 40, 40), (16, 1, 20)),
+            Neighborhood((15, 16, 16), (15, 1, 16)),
+            Neighborhood((10, 16, 16), (8, 1, 16)),
+            Neighborhood((15, 13, 8), (15, 1, 4)),
+        ),
+        (Band(900), Band(900), Band(450), Band(60)),
+        (Band(900, "pixel_major"), *(Band(n, "pixel_major") for n in (900, 450, 60))),
+        (Band(900, "in_frame"), *(Band(n, "in_frame") for n in (900, 900, 60))),
+        (
+            AnyOf((Band(900), Neighborhood((6, 12, 10)))),
+            AnyOf((Band(900), Neighborhood((6, 12, 10)))),
+            AnyOf((Band(450), Neighborhood((3, 12, 10)))),
+            AnyOf((Band(60), Neighborhood((6, 4, 2)))),
+        ),
+    ],
+    ids=["box", "large", "band", "pixels", "in-frame", "both"],
+)
+def test_along_axes_that_it_does_not_grow_along_a_pattern_keeps_its_tokens(
+    pattern: Pattern, kept: Pattern, frames: Pattern, space: Pattern
+) -> None:
+    growths = (Growth(False, False), Growth(space=False), Growth(frames=False))
+    assert [at_grid(pattern, SOURCE, GRID, growth) for growth in growths] == [kept, frames, space]
+    for shorter in (kept, frames, space):
+        assert shorter.refusal(GRID) is None
+
+
+def test_clusters_keep_their_sizes_however_they_grow() -> None:
+    pattern = Scored(Clustered(30, 100), Cumulative(0.9, 0.1))
+    source, grid = TokenGrid(20, 10, 10), TokenGrid(10, 10, 8)
+    assert at_grid(pattern, source, grid, Growth(False, False)) == at_grid(pattern, source, grid)
 
 
 @pytest.mark.parametrize("axis_order", ["raster", "pixel_major"])

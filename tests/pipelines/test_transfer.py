@@ -7,26 +7,28 @@ import pytest
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import AnyOf, Band, Columns, Neighborhood, Pattern, Sink, Skip
 from dit_sparse.kernels.remainder import Complement
+from dit_sparse.kernels.scaling import Growth
 from dit_sparse.kernels.score import Mass
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.kernels.select import TopRow
 from dit_sparse.pipelines.fingerprint import ModelFingerprint
+from dit_sparse.pipelines.phase import Phase
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.pipelines.transfer import transferred
 
+LAYER = "transformer.blocks.0.attn1"
 SOURCE, WIDER, LONGER = (15, 16, 16), (15, 32, 24), (30, 16, 16)
 FOUND = Scored(Mass(), TopRow(0.2))
 
 
 def plan(*patterns: Pattern, steps: int | None = 20) -> Plan:
-    layer = "transformer.blocks.0.attn1"
     fingerprint = ModelFingerprint("WanTransformer3DModel", 1, len(patterns), 64, "0" * 64)
     return Plan(
         {"transformer": fingerprint},
-        {layer: patterns},
+        {LAYER: patterns},
         Schedule(dense_first=4, renew_every=5, renew_at=(10,)),
-        remainders={layer: (Complement(),) * len(patterns)},
+        remainders={LAYER: (Complement(),) * len(patterns)},
         grid=SOURCE,
         provenance={"uniform": "these"} | ({} if steps is None else {"steps": steps}),
     )
@@ -78,6 +80,38 @@ def test_carried_patterns_run_on_their_grid() -> None:
         assert pattern.refusal(TokenGrid(*WIDER)) is None
 
 
+def test_heads_grow_as_they_are_told_to() -> None:
+    made = plan(Band(512), Band(512), Neighborhood((5, 8, 4)), AnyOf((Band(256), Sink())), FOUND)
+    schedule = replace(made.schedule, phases=(0.25,))
+    made = replace(made, schedule=schedule, later=(Phase(made.assignment, made.remainders),))
+    growths = {
+        (0, LAYER, 0): Growth(False, False),
+        (1, LAYER, 1): Growth(),
+        (1, LAYER, 2): Growth(space=False),
+        (1, LAYER, 3): Growth(False, False),
+    }
+    moved = transferred(made, grid=(30, 32, 24), growths=growths)
+    box = Neighborhood((5, 16, 6), (1, 2, 2))
+    assert heads(moved) == (Band(512), Band(1536), box, AnyOf((Band(768), Sink())), FOUND)
+    assert moved.later[0].assignment[LAYER] == (
+        Band(1536),
+        Band(3072),
+        Neighborhood((10, 8, 4), (2, 1, 1)),
+        AnyOf((Band(256), Sink())),
+        FOUND,
+    )
+    # Of four heads with a size, each in a quarter of the steps and in three.
+    assert moved.provenance["growth"] == {
+        "usual": 1.5,
+        "window": 1.0,
+        "share": 0.75,
+        "share of frames, window of space": 0.75,
+    }
+    plain = transferred(made, grid=WIDER)
+    assert plain.provenance["growth"] == {"usual": 4.0}
+    assert "growth" not in transferred(made, steps=50).provenance
+
+
 def test_steps_keep_their_share_of_the_generation() -> None:
     carried = transferred(plan(FOUND), steps=50)
     assert carried.schedule == Schedule(dense_first=10, renew_every=12, renew_at=(25,))
@@ -89,6 +123,10 @@ def test_what_cannot_be_carried_over_says_why() -> None:
     columns = Columns((0, 2), block=64, grid=SOURCE)
     with pytest.raises(ValueError, match=r"lists blocks of keys of grid 15x16x16.*search a plan"):
         transferred(plan(Band(9), columns), grid=WIDER)
+    with pytest.raises(ValueError, match=r"head 1 of .* in phase 0, which has none"):
+        transferred(plan(Band(9), FOUND), grid=WIDER, growths={(0, LAYER, 1): Growth()})
+    with pytest.raises(ValueError, match="give the grid too"):
+        transferred(plan(FOUND), steps=50, growths={})
     with pytest.raises(ValueError, match="does not say for how many steps"):
         transferred(plan(FOUND, steps=None), steps=50)
     with pytest.raises(ValueError, match="does not say which token grid"):
