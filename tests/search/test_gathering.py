@@ -104,7 +104,7 @@ def test_densities_are_what_a_sparse_pass_computes() -> None:
 
 
 def test_times_are_taken_where_the_device_was_calibrated() -> None:
-    one = Cost(1.0, 0.0, 2.0, 2.0, 8, 0.0, 0.0)
+    one = Cost(1.0, 0.0, 2.0, 2.0, 2.0, 8, 0.0, 0.0)
     costs = {(backend.name, "float32", 12): one for backend in BACKENDS}
     write(Calibration(device_name(torch.device("cpu")), costs))
     evidence = gathered(sums([[1, 1, 1]] * 3, 0))

@@ -22,7 +22,7 @@ QUERY = torch.zeros(()).expand(2, GRID.tokens, HEADS, DIM)
 
 def calibrate(head_dim: int) -> None:
     """Every backend takes a second for a call and two for each 128 x 128 pairs."""
-    one = Cost(1.0, 0.0, 2.0, 2.0, 8, 0.0, 0.0)
+    one = Cost(1.0, 0.0, 2.0, 2.0, 2.0, 8, 0.0, 0.0)
     names = [backend.name for backend in BACKENDS]
     costs = {(name, "float32", head_dim): one for name in names}
     write(Calibration(device_name(torch.device("cpu")), costs))
