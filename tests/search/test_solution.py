@@ -14,13 +14,23 @@ from dit_sparse.kernels.remainder import Complement
 from dit_sparse.kernels.scored import Scored
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.schedule import Schedule
+from dit_sparse.search.assign import assign
 from dit_sparse.search.budget import Budget
 from dit_sparse.search.driver import resolve, search_plan
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of, solve
 from dit_sparse.search.space import KINDS
 from tests import tiny
-from tests.searched import HEADS, SCHEDULES, SPACE, TIMING, evidence_of, hull_steps, picked
+from tests.searched import (
+    HEADS,
+    SCHEDULES,
+    SPACE,
+    TIMING,
+    calibrated,
+    evidence_of,
+    hull_steps,
+    picked,
+)
 
 LAYERS = 3
 FULL = torch.zeros(LAYERS, HEADS, dtype=torch.long)
@@ -211,6 +221,49 @@ def test_measured_times_decide_where_there_are_any(evidence: Evidence) -> None:
     one = FULL.clone()
     one[0, 0] = 4
     assert attention(one) == pytest.approx((0.2 + 0.8 * 1.7 + 1 + 1) / 3)
+
+
+def test_every_group_of_heads_launches_its_own_calls(evidence: Evidence) -> None:
+    timed, often = calibrated(evidence), SCHEDULES[1]
+
+    def attention(*chosen: tuple[int, int]) -> float:
+        return solution_of(timed, torch.tensor(chosen), often, TIMING).times["attention"]
+
+    # Found blocks with a cache; a wide and a narrow band; full beside a band. See test_evidence.
+    found, wide, narrow, full = 1.024, 0.8, 0.45, 1.2
+    together = attention((9, 9), (0, 0), (0, 0))
+    assert together == pytest.approx((found + 1 + 1) / 3)
+    assert attention((4, 6), (0, 0), (0, 0)) == pytest.approx(((wide + narrow) / 2 + 2) / 3)
+    assert attention((0, 6), (0, 0), (0, 0)) == pytest.approx(((full + narrow) / 2 + 2) / 3)
+    # Two groups: each launches as often as both were thought to do together.
+    apart, launches = (found + wide) / 2, 0.0277 + 0.016
+    assert attention((9, 4), (0, 0), (0, 0)) == pytest.approx((apart + launches / 2 + 2) / 3)
+
+
+@pytest.mark.parametrize("asked", [1.15, 1.2, 1.25])
+def test_a_budget_of_time_holds_with_the_launches_of_all_groups(
+    evidence: Evidence, asked: float
+) -> None:
+    timed = calibrated(evidence, launch=0.15)
+    found = solve(timed, Budget(speedup=asked), TIMING)
+    assert found.times["speedup"] >= asked * (1 - 1e-6)
+    again = solution_of(timed, found.chosen, found.schedule, TIMING)
+    assert again.times == found.times
+    # Heads were assigned as if they shared launches, and would have spent more.
+    table = timed.tables(found.schedule)
+    first = assign(table.error, table.time, TIMING.cost_of(12 / asked))
+    spent = solution_of(timed, first, found.schedule, TIMING).times
+    assert spent["speedup"] < asked * (1 - 1e-6)
+
+
+def test_the_fastest_that_can_be_had_counts_all_launches(evidence: Evidence) -> None:
+    timed = calibrated(evidence, launch=0.15)
+    fastest = min(
+        solution_of(timed, timed.tables(each).time.argmin(-1), each, TIMING).times["seconds"]
+        for each in SCHEDULES
+    )
+    with pytest.raises(ValueError, match=rf"faster than .*x, {fastest:.3g} s;"):
+        solve(timed, Budget(latency=1), TIMING)
 
 
 @pytest.mark.parametrize("budget", [Budget(speedup=3), Budget(latency=1)], ids=str)
