@@ -212,8 +212,8 @@ def calibration_table(data: dict[str, Any]) -> Group:
             row["dtype"],
             str(row["head_dim"]),
             *(f"{1e6 * part:.3g}" for part in parts),
-            f"{row['mean_error']:.1%}",
-            f"{row['largest_error']:.1%}",
+            f"{row['mean_error']:.0%}",
+            f"{row['largest_error']:.0%}",
         )
     devices = ", ".join(dict.fromkeys(row["device"] for row in data["costs"]))
     return Group(
