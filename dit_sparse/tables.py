@@ -200,7 +200,7 @@ def bench_table(data: dict[str, Any]) -> Group:
 
 def calibration_table(data: dict[str, Any]) -> Group:
     """A line for each backend or stage, dtype and head_dim that was calibrated."""
-    table, kinds = Table(box=SIMPLE), ("whole", "partial", "pooled")
+    table, kinds = Table(box=SIMPLE, padding=0), ("whole", "partial", "pooled")
     for column in ("backend or stage", "dtype"):
         table.add_column(column, no_wrap=True)
     for column in (*("dim", "launch", "query"), *kinds, "held-out", "worst"):

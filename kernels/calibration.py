@@ -10,7 +10,7 @@ valid for its dtype and head_dim alone.
 Tokens come and go in raster order, so what a backend takes to reorder them is in its cost. Of
 `native` on one core with AMX, 4096 and 8192 tokens, head_dim 64, other orders take as long as
 raster within 5 % in float32 and 6 % in bfloat16. Pooling is in it too: a block pooled by 8 took
-about .3 of a whole one there, not an eighth, so that pooled blocks have a coefficient of their own.
+about .3 of a whole one there, not an eighth, so pooled blocks have a coefficient of their own.
 """
 
 import json
