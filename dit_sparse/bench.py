@@ -10,7 +10,7 @@ Dense SDPA and the GEMM are timed in the same rounds as the backends.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_sparse.environment import environment
+from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.calibration import (
     Calibration,
     Cost,
@@ -30,6 +31,7 @@ from dit_sparse.kernels.calibration import (
     work_of,
 )
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.stage import STAGES, Calls
 from dit_sparse.measurement import accepting, candidates, interleaved, verify
 from dit_sparse.runs import prepare_folder
 from dit_sparse.video import replacing
@@ -39,11 +41,13 @@ OnRound = Callable[[int, int], None]
 
 _GEMM_SIDE = {"cpu": 1024}
 _GEMM_SIDE_ELSEWHERE = 4096
+_STAGE_DENSITY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One backend on one workload; `density` is the block density that was computed."""
+    """One backend on one workload; `density` is the block density that was computed, keys pooled
+    by `2^r` counted `1 / 2^r`."""
 
     backend: str
     device: str
@@ -123,7 +127,7 @@ def bench(
                 verify(backend, full)
                 jobs[backend.name, "full"] = partial(backend.run, full)
         seconds = interleaved(jobs, repeats, call.query.device, on_round)
-        density = call.blocks.density().block
+        density = call.blocks.density().weighted
         for name, error in errors.items():
             found.rows.append(_row(workload, name, density, seconds, error))
     return found
@@ -198,7 +202,8 @@ def calibrate(
     repeats: int = 5,
     on_round: OnRound | None = None,
 ) -> Calibration:
-    """The costs of `backends` on the one device of `workloads`, which are also verified.
+    """The costs of `backends` on the one device of `workloads`, which are also verified, and of
+    all stages there.
 
     Raises:
         ValueError: a backend that was named refuses everything, or one is wrong, or too little
@@ -222,9 +227,37 @@ def calibrate(
         _, reasons = accepting(candidates(refusing), workloads[0].call())
         table = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"nothing to calibrate:{table}")
+    for workload in stage_workloads(workloads):
+        calls = _calls(workload)
+        batch, tokens, heads, head_dim = calls.call.query.shape
+        jobs = {stage: stage.job(calls) for stage in STAGES}
+        for stage, seconds in interleaved(
+            jobs, repeats, calls.call.query.device, on_round
+        ).items():
+            work = stage.work(batch, tokens, heads, workload.block)
+            samples.setdefault((str(stage), workload.dtype, head_dim), []).append((work, seconds))
     device = device_name(torch.device(workloads[0].device))
     costs: dict[Kind, Cost] = {kind: fit(measured) for kind, measured in samples.items()}
     return Calibration(device, costs)
+
+
+def stage_workloads(workloads: Sequence[Workload]) -> list[Workload]:
+    """What stages are timed on: tokens and arithmetic of `workloads`, with as many heads and half
+    of them, in blocks of as many tokens and of half of them."""
+    found = [
+        replace(workload, pattern="blocks", density=_STAGE_DENSITY, heads=heads, block=block)
+        for workload in workloads
+        for heads in (workload.heads, workload.heads // 2 or 2)
+        for block in (workload.block, workload.block // 2 or 2)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _calls(workload: Workload) -> Calls:
+    call = workload.call()
+    operands = call.query, call.key, call.value
+    dense = sparse_attention(*operands, workload.dense().blocks(), scale=call.scale)
+    return Calls(call, dense, sparse_attention(*operands, call.blocks, scale=call.scale))
 
 
 def calibration_to_dict(calibrations: Sequence[Calibration]) -> dict[str, Any]:
@@ -233,13 +266,13 @@ def calibration_to_dict(calibrations: Sequence[Calibration]) -> dict[str, Any]:
         "costs": [
             {
                 "device": calibration.device,
-                "backend": backend,
+                "name": name,
                 "dtype": dtype,
                 "head_dim": head_dim,
                 **asdict(cost),
             }
             for calibration in calibrations
-            for (backend, dtype, head_dim), cost in calibration.costs.items()
+            for (name, dtype, head_dim), cost in calibration.costs.items()
         ],
         "files": [str(path_of(calibration.device)) for calibration in calibrations],
         "environment": environment(),

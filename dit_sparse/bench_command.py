@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _DENSITIES, _CALIBRATED_DENSITIES = (0.25,), (0.0625, 0.125, 0.25, 0.5, 1.0)
 _TOKENS, _CALIBRATED_TOKENS = (8192,), (2048, 4096)
-_PATTERNS, _CALIBRATED_PATTERNS = ("blocks",), ("blocks", "neighborhood", "band")
+_PATTERNS, _CALIBRATED_PATTERNS = ("blocks",), ("blocks", "neighborhood", "band", "pooled")
 
 
 def bench(
@@ -42,7 +42,7 @@ def bench(
     ] = None,
     density: Annotated[list[float] | None, typer.Option(help="In (0, 1]. Default: 0.25.")] = None,
     pattern: Annotated[
-        list[str] | None, typer.Option(help="blocks (default), neighborhood, band.")
+        list[str] | None, typer.Option(help="blocks (default), neighborhood, band, pooled.")
     ] = None,
     block: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens of a block. Default: 128.")
@@ -53,7 +53,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
     calibrate: Annotated[
         bool,
-        typer.Option("--calibrate", help='Keep what backends cost here, for backend "auto".'),
+        typer.Option(
+            "--calibrate",
+            help='Keep what backends and searches cost here, for backend "auto" and plans.',
+        ),
     ] = False,
     static: Annotated[
         bool, typer.Option("--static", help="Count what the GPU kernels compile to; no GPU.")
@@ -115,14 +118,15 @@ def _calibrate(
     import torch
 
     from dit_sparse.bench import calibrate as run
-    from dit_sparse.bench import calibration_to_dict
+    from dit_sparse.bench import calibration_to_dict, stage_workloads
     from dit_sparse.kernels.calibration import device_name, writable_path_of, write
     from dit_sparse.tables import calibration_table
 
     found, devices = [], dict.fromkeys(workload.device for workload in workloads)
     for device in devices:
         writable_path_of(device_name(torch.device(device)))
-    with progress("calibrate", len(workloads)) as on_round:
+    rounds = len(workloads) + len(stage_workloads(workloads))
+    with progress("calibrate", rounds) as on_round:
         for device in devices:
             here = [workload for workload in workloads if workload.device == device]
             found.append(run(here, backends, repeats, on_round))

@@ -84,12 +84,14 @@ def calibrations() -> dict[str, str]:
     import torch
 
     from dit_sparse.kernels.calibration import device_name, path_of, read
+    from dit_sparse.kernels.stage import STAGES
 
     states = {}
     for kind in ["cpu", *["cuda"] * torch.cuda.is_available()]:
         path = path_of(device_name(torch.device(kind)))
         try:
-            measured = sorted({backend for backend, _, _ in read(path).costs})
+            stages = {str(stage) for stage in STAGES}
+            measured = sorted({name for name, _, _ in read(path).costs} - stages)
             states[kind] = f"{', '.join(measured)} in {path}"
         except FileNotFoundError:
             states[kind] = "none, so backends are taken in their own order"

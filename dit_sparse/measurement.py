@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.backend import BACKENDS, Backend
-from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 
 Name = TypeVar("Name")
@@ -81,23 +81,35 @@ def verify(backend: Backend, call: AttentionCall) -> float:
 def exact(call: AttentionCall, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Output and LSE of some queries (raster tokens) of the first sample, in float64."""
     query, key, value = (x[0, :, head].double() for x in (call.query, call.key, call.value))
-    logits = call.scale * query[rows.to(query.device)] @ key.T
-    visible = _visible(call.blocks, head, rows).to(query.device)
-    logits = logits.masked_fill(~visible, -torch.inf)
+    visible, runs = _visible(call.blocks, head, rows)
+    means = ([x[run.to(x.device)].mean(0, keepdim=True) for run in runs] for x in (key, value))
+    number = torch.tensor([1] * len(key) + [len(run) for run in runs])
+    key, value = (torch.cat([x, *own]) for x, own in zip((key, value), means, strict=True))
+    logits = call.scale * query[rows.to(query.device)] @ key.T + number.log().to(query)
+    logits = logits.masked_fill(~visible.to(query.device), -torch.inf)
     return logits.softmax(-1) @ value, logits.logsumexp(-1)
 
 
-def _visible(blocks: BlockIndices, head: int, rows: Tensor) -> Tensor:
-    """Which tokens each of `rows` sees, by the pattern or, without one, by the lists."""
+def _visible(blocks: BlockIndices, head: int, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Which tokens, and after them which runs of pooled keys, each of `rows` sees, by the pattern
+    or, without one, by the lists; and the tokens of each run."""
     if blocks.patterns is not None:
-        return blocks.patterns[head].rows(blocks.grid, rows)
+        return blocks.patterns[head].rows(blocks.grid, rows), []
     place = blocks.permutation.argsort()[rows]
-    visible = torch.zeros(len(rows), blocks.grid.tokens, dtype=torch.bool)
-    row_blocks = torch.searchsorted(blocks.query_offsets, place, right=True) - 1
-    for row, block in enumerate(row_blocks.tolist()):
-        for key_block, _ in blocks.entries(head, block):
-            visible[row, blocks.key_tokens(key_block)] = True
-    return visible
+    row_blocks = (torch.searchsorted(blocks.query_offsets, place, right=True) - 1).tolist()
+    seen = {block: list(blocks.entries(head, block)) for block in dict.fromkeys(row_blocks)}
+    runs, first, count = [], {}, blocks.grid.tokens
+    for entry in sorted({entry for entries in seen.values() for entry in entries}):
+        key_block, tag = entry
+        own = blocks.key_tokens(key_block).split(2**tag) if tag > WHOLE else ()
+        first[entry] = slice(count + len(runs), count + len(runs) + len(own))
+        runs += own
+    visible = torch.zeros(len(rows), count + len(runs), dtype=torch.bool)
+    for row, block in enumerate(row_blocks):
+        for key_block, tag in seen[block]:
+            pooled = tag > WHOLE
+            visible[row, first[key_block, tag] if pooled else blocks.key_tokens(key_block)] = True
+    return visible, runs
 
 
 def _sample(blocks: BlockIndices) -> Tensor:

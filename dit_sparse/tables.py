@@ -202,27 +202,29 @@ def bench_table(data: dict[str, Any]) -> Group:
 
 
 def calibration_table(data: dict[str, Any]) -> Group:
-    """A line for each backend, dtype and head_dim that was calibrated."""
-    table = Table(box=SIMPLE)
-    for column in ("backend", "dtype"):
+    """A line for each backend or stage, dtype and head_dim that was calibrated."""
+    table, kinds = Table(box=SIMPLE, padding=0), ("whole", "partial", "pooled")
+    for column in ("backend or stage", "dtype"):
         table.add_column(column, no_wrap=True)
-    for column in ("dim", "launch", "query block", "whole", "partial", "held-out", "worst"):
+    for column in (*("dim", "launch", "query"), *kinds, "held-out", "worst"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in data["costs"]:
-        parts = (row[name] for name in ("launch", "query_block", "whole", "partial"))
+        parts = (row[name] for name in ("launch", "query_block", *kinds))
         table.add_row(
-            row["backend"],
+            row["name"],
             row["dtype"],
             str(row["head_dim"]),
-            *(f"{1e6 * part:.1f} us" for part in parts),
-            f"{row['mean_error']:.1%}",
-            f"{row['largest_error']:.1%}",
+            *(f"{1e6 * part:.3g}" for part in parts),
+            f"{row['mean_error']:.0%}",
+            f"{row['largest_error']:.0%}",
         )
     devices = ", ".join(dict.fromkeys(row["device"] for row in data["costs"]))
     return Group(
         devices,
         table,
-        "costs of blocks of 128 x 128 tokens, fitted by relative error",
+        "costs in us, fitted by relative error: of blocks of 128 x 128 tokens, pooled ones of "
+        "128 x 128 means",
+        "of a search: whole for 128 x 128 logits, partial for a pair of blocks",
         "held-out error: mean and worst on measurements that a second fit did not see",
     )
 

@@ -5,14 +5,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import BlockIndices, block_indices, from_block_mask
+from dit_sparse.kernels.blocks import (
+    WHOLE,
+    BlockIndices,
+    block_indices,
+    from_block_mask,
+    from_tags,
+)
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster, tile
 from dit_sparse.kernels.pattern import Band, Neighborhood
 from dit_sparse.settings import check_device, check_dtype
 
-PATTERNS = ("blocks", "neighborhood", "band")
+PATTERNS = ("blocks", "neighborhood", "band", "pooled")
+
+_POOLED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,7 @@ class Workload:
 
     `blocks`: in each row of blocks, random ones, all whole. `neighborhood`: a box of the grid's
     own proportions, in tiles that fill a block. `band`: the nearest tokens in raster order.
+    `pooled`: as `blocks`, and means of eight keys in place of all other blocks.
     """
 
     grid: TokenGrid
@@ -78,6 +87,9 @@ class Workload:
         """The blocks to visit."""
         if self.pattern == "blocks":
             return from_block_mask(self._mask(), self.grid, raster(), self.block, self.block)
+        if self.pattern == "pooled":
+            tags = torch.where(self._mask(), WHOLE, _POOLED).to(torch.int8)
+            return from_tags(tags, self.grid, raster(), self.block, self.block)
         if self.pattern == "band":
             pattern, order = Band.of_density(self.density, self.grid), raster()
         else:

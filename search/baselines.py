@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.search.assign import SLACK
-from dit_sparse.search.evidence import Tables
+from dit_sparse.search.tables import Tables
 
 
 def random_assignment(tables: Tables, flops: float, seed: int) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.search.assign import hull, price_at
 from dit_sparse.search.course import foreseeable
-from dit_sparse.search.evidence import Evidence, Tables
+from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of
+from dit_sparse.search.tables import Tables
 from dit_sparse.search.timing import timing_note
 
 

@@ -56,7 +56,8 @@ class Course:
 
     Args:
         steps: denoising steps of the whole generation.
-        dense: passes of dense attention.
+        dense: passes of the model's own attention.
+        exact: dense passes of the head's group, for an LSE or a cache.
         sparse: passes over the blocks.
         searches: how often blocks are found.
         errs: (step, age) of the steps whose output is not dense attention's: the age is the
@@ -65,6 +66,7 @@ class Course:
 
     steps: int
     dense: int
+    exact: int
     sparse: int
     searches: int
     errs: tuple[tuple[int, int], ...]
@@ -72,7 +74,14 @@ class Course:
     def cost(self, density: Tensor, search: Tensor) -> Tensor:
         """Share of the attention of a dense generation that is computed, for a sparse pass of
         `density` and a search of cost `search`, both in those of dense attention."""
-        return (self.dense + self.searches * search + self.sparse * density) / self.steps
+        dense = self.dense + self.exact
+        return (dense + self.searches * search + self.sparse * density) / self.steps
+
+    def calls(self, cache: bool) -> tuple[int, int, int, int]:
+        """How often a head makes each of the calls of `latency.py`: passes over its blocks,
+        searches, and if it has a `cache`, takes and applies it."""
+        taken, applied = (self.exact, len(self.errs)) if cache else (0, 0)
+        return self.sparse, self.searches, taken, applied
 
 
 def foreseeable(schedule: Schedule) -> bool:
@@ -98,7 +107,7 @@ def courses(keeping: Keeping, schedule: Schedule, steps: int) -> tuple[Course, .
 
 def _course(keeping: Keeping, schedule: Schedule, steps: int, span: range) -> Course:
     """That of one phase, which knows nothing of the one before."""
-    dense = sparse = searches = 0
+    dense = exact = sparse = searches = 0
     last: int | None = None
     errs: list[tuple[int, int]] = []
     for step in span:
@@ -106,14 +115,14 @@ def _course(keeping: Keeping, schedule: Schedule, steps: int, span: range) -> Co
             dense += 1
             continue
         renews = (keeping.blocks or keeping.cache) and schedule.renews(step, last)
-        exact = renews and (keeping.cache or (keeping.lse and last is None))
+        shown = renews and (keeping.cache or (keeping.lse and last is None))
         searches += renews and keeping.blocks
-        dense += exact
-        sparse += not exact or keeping.cache
+        exact += shown
+        sparse += not shown or keeping.cache
         last = step if renews else last
-        if not exact:
+        if not shown:
             errs.append((step, 0 if last is None else step - last))
-    return Course(steps, dense, sparse, searches, tuple(errs))
+    return Course(steps, dense, exact, sparse, searches, tuple(errs))
 
 
 @dataclass(frozen=True, slots=True)

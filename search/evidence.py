@@ -18,52 +18,16 @@ from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.pattern import Full, pattern_from_dict, pattern_to_dict
 from dit_sparse.kernels.remainder import REMAINDERS, Drop, cache_bytes
 from dit_sparse.kernels.values import from_dict, to_dict
+from dit_sparse.pipelines.heads import HeadGroup, head_groups
 from dit_sparse.pipelines.phase import Phase, search_bytes
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
-from dit_sparse.search.course import Keeping, Sightings, courses
+from dit_sparse.search.course import Course, Keeping, Sightings, courses
 from dit_sparse.search.space import Candidate, Space, search_cost
+from dit_sparse.search.tables import Tables
 
 ARRAYS = ("error", "density", "column_mass")
-OPTIONAL = ("time", "propagation", "importance")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tables:
-    """What every candidate of every head errs, costs and keeps under one schedule, `[rows, heads,
-    candidates]`; `inf` in all where a head does not have the candidate.
-
-    A row is a layer in one phase of the schedule: the layers of the first phase come first, then
-    those of the next. Means over all rows are those of the generation, so what a row errs and
-    costs in its own phase counts as often as there are phases.
-
-    Args:
-        schedule: that these are for.
-        steps: of the generation.
-        error: mean over all denoising steps, float64.
-        flops: share of the attention of a dense generation, searches and caches included.
-        time: the same of its seconds, as far as they were measured.
-        bytes: kept between steps in the row's phase, over all guidance branches.
-    """
-
-    schedule: Schedule
-    steps: int
-    error: Tensor
-    flops: Tensor
-    time: Tensor
-    bytes: Tensor
-
-    @property
-    def dense(self) -> float:
-        """Share of the steps that the schedule runs dense."""
-        dense = sum(self.schedule.dense(step, self.steps) for step in range(self.steps))
-        return dense / self.steps
-
-    def most_bytes(self, chosen: Tensor) -> float:
-        """Kept between steps by the candidates `chosen`, int64 `[rows, heads]`, in the phase that
-        keeps most."""
-        kept = self.bytes.gather(-1, chosen[..., None]).sum((1, 2))
-        return kept.reshape(len(self.schedule.shares), -1).sum(-1).max().item()
+OPTIONAL = ("time", "stage_time", "launch_time", "propagation", "importance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +53,10 @@ class Evidence:
         column_mass: float32 `[layers, heads, key blocks]`.
         time: float32, shaped as `density`, of a sparse pass in dense attention's time; `None` if
             nothing on the device was calibrated.
+        stage_time: float32 `[candidates, 3]`, the same of a search, of taking and of applying a
+            cache, see `latency.py`; `None` if these were not.
+        launch_time: float32 `[candidates, 4]`, launches in `time` and in `stage_time`, if there
+            are any in the latter.
         propagation: float32 `[layers]`, how much errors of each layer count; `None` for alike.
         importance: float32 `[anchors]`, how much errors at these steps count; see
             `Sightings.weights`.
@@ -106,6 +74,8 @@ class Evidence:
     density: Tensor
     column_mass: Tensor
     time: Tensor | None = None
+    stage_time: Tensor | None = None
+    launch_time: Tensor | None = None
     propagation: Tensor | None = None
     importance: Tensor | None = None
 
@@ -158,25 +128,49 @@ class Evidence:
         are given."""
         steps = self.sightings.steps if steps is None else steps
         density = self.density.double()
-        passes = density if self.time is None else self.time.double()
         phases = len(schedule.shares)
         caches, searches = self._kept
         own_bytes = caches + searches if schedule.renews_again else caches
-        error, flops, time, kept = (torch.zeros(phases, *density.shape).double() for _ in range(4))
+        error, flops, time, launch, kept = (
+            torch.zeros(phases, *density.shape).double() for _ in range(5)
+        )
         for keeping, numbers in self._keeping.items():
             search = torch.tensor([self._search[number] for number in numbers])
             for phase, own in enumerate(courses(keeping, schedule, steps)):
                 weights = self.sightings.weights(own, self.importance).flatten()
                 error[phase][..., numbers] = phases * (self._known[..., numbers, :] @ weights)
                 flops[phase][..., numbers] = phases * own.cost(density[..., numbers], search)
-                time[phase][..., numbers] = phases * own.cost(passes[..., numbers], search)
+                spent, launched = self._spent(own, keeping, numbers)
+                time[phase][..., numbers] = phases * spent
+                launch[phase][..., numbers] = phases * launched
                 if own.sparse or own.searches:
                     kept[phase][..., numbers] = own_bytes[..., numbers]
         if self.propagation is not None:
             error *= self.propagation.double()[:, None, None]
         filled = (table.masked_fill(self._missing, torch.inf) for table in (error, flops, time))
-        rows = (table.flatten(0, 1) for table in (*filled, kept))
+        rows = (table.flatten(0, 1) for table in (*filled, launch, kept))
         return Tables(schedule, steps, *rows)
+
+    def _spent(self, own: Course, keeping: Keeping, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Time of the candidates `numbers`, which keep `keeping`, in one phase, and launches in
+        it, float64 `[layers, heads, numbers]` or what expands to it."""
+        passes = (self.density if self.time is None else self.time).double()
+        if self.stage_time is None or self.launch_time is None:
+            search = torch.tensor([self._search[number] for number in numbers])
+            return own.cost(passes[..., numbers], search), torch.zeros(1).double()
+        counts = torch.tensor(own.calls(keeping.cache)).double()
+        exact = own.dense + own.exact * passes[..., self.full, None]
+        spent = exact + own.sparse * passes[..., numbers]
+        spent = spent + self.stage_time.double()[numbers] @ counts[1:]
+        launches = self.launch_time.double()
+        launched = own.exact * launches[self.full, 0] + launches[numbers] @ counts
+        return spent / own.steps, launched / own.steps
+
+    def groups(self, chosen: Tensor) -> tuple[HeadGroup, ...]:
+        """The heads of a layer that share calls, for candidates `chosen`, int64 `[heads]`; none
+        if all are full."""
+        own = [self._first[number] for number in chosen.tolist()]
+        return head_groups(tuple(c.pattern for c in own), tuple(c.remainder for c in own))
 
     def planned(self, plan: Plan, chosen: Tensor, schedule: Schedule) -> Plan:
         """A plan of this search with the candidates `chosen`, int64 `[rows, heads]` as in
@@ -255,9 +249,7 @@ class Evidence:
                 error=plan.evidence["error"],
                 density=plan.evidence["density"],
                 column_mass=plan.evidence["column_mass"],
-                time=plan.evidence.get("time"),
-                propagation=plan.evidence.get("propagation"),
-                importance=plan.evidence.get("importance"),
+                **{name: plan.evidence.get(name) for name in OPTIONAL},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the plan's search is incomplete ({error}); search again") from error
@@ -277,17 +269,18 @@ class Evidence:
         if type(self.block) is not int or self.block < 1:
             return f"should have blocks of at least 1 token, came {self.block!r}"
         shape = (len(self.layers), count, self.space.slots * len(self.space.remainders))
-        tables = {
-            "density": self.density,
-            "time": self.density if self.time is None else self.time,
-        }
-        expected = {
+        expected: dict[str, tuple[int, ...]] = {
             "error": (*shape, len(seen.anchors), len(seen.ages)),
-            **dict.fromkeys(tables, shape),
+            **dict.fromkeys(("density", "time"), shape),
+            "stage_time": (shape[-1], 3),
+            "launch_time": (shape[-1], 4),
         }
-        for name, table in ({"error": self.error} | tables).items():
-            if tuple(table.shape) != expected[name]:
-                return f"should have the shape {expected[name]}, {name} has {tuple(table.shape)}"
+        for name, expects in expected.items():
+            table: Tensor | None = getattr(self, name)
+            if table is None:
+                continue
+            if tuple(table.shape) != expects:
+                return f"should have the shape {expects}, {name} has {tuple(table.shape)}"
             if table.isnan().any() or (table < 0).any():
                 return f"should hold numbers of at least 0, {name} holds others"
         blocks = -(-self.grid.video // self.block)
@@ -317,6 +310,12 @@ class Evidence:
             keeping = Keeping.of(pattern, remainders[remainder])
             numbers.setdefault(keeping, []).append(number)
         return numbers
+
+    @cached_property
+    def _first(self) -> list[Candidate]:
+        """The candidates of the first head, whose columns stand for those of all: they share
+        calls with the same heads."""
+        return [self.candidate(0, 0, number) for number in range(self.density.shape[-1])]
 
     @cached_property
     def _search(self) -> list[float]:

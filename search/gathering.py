@@ -16,7 +16,7 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.course import Sightings
 from dit_sparse.search.evidence import Evidence
-from dit_sparse.search.latency import relative_times
+from dit_sparse.search.latency import pass_times, stage_times
 from dit_sparse.search.record import Seen
 from dit_sparse.search.space import Candidate, Space, blocks_like
 
@@ -49,7 +49,7 @@ def evidence_of(
         errors.append(_filled(error, count).flatten(1, 2).float())
         masses.append(sums[0].column_mass)
     mass = torch.stack(masses)
-    density, times = _prices(space, mass, grid, plan.block, seen[0].run)
+    prices = _prices(space, mass, grid, plan.block, seen[0].run)
     return Evidence(
         layers=layers,
         space=space,
@@ -60,9 +60,8 @@ def evidence_of(
         head_dim=tuple(plan.model[layer.partition(".")[0]].head_dim for layer in layers),
         copies=seen[0].run["shape"][0] * seen[0].run["branches"],
         error=torch.stack(errors),
-        density=density,
         column_mass=mass,
-        time=times,
+        **prices,
     )
 
 
@@ -87,9 +86,9 @@ def _filled(error: Tensor, count: Tensor) -> Tensor:
 
 def _prices(
     space: Space, mass: Tensor, grid: TokenGrid, block: int, run: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """What a sparse pass of every candidate computes, and the time that it takes if that was
-    measured, both in those of dense attention, float32 `[layers, heads, candidates]`.
+) -> dict[str, Tensor]:
+    """The density of every candidate, and as far as the device was calibrated its times, under
+    their names in `Evidence`.
 
     Columns of one count differ by at most a short block; they are priced by the first head's.
     """
@@ -107,15 +106,23 @@ def _prices(
         for c in candidates
     ]
     lists = [blocks_like(candidate, grid, block) for candidate in candidates]
-    density = torch.tensor([each.density().weighted for each in lists])
-    times = None
-    if run["seconds_per_call"] is not None:
-        dtype, device = getattr(torch, run["dtype"]), torch.device(run["device"])
-        query = torch.empty((), dtype=dtype, device=device).expand(run["shape"])
-        times = relative_times(lists, query, run["seconds_per_call"])
     shape = *mass.shape[:2], len(candidates)
-    gone = torch.tensor(missing)
-    density = density.masked_fill(gone, torch.inf).expand(shape).contiguous()
-    if times is None:
-        return density, None
-    return density, torch.tensor(times).masked_fill(gone, torch.inf).expand(shape).contiguous()
+
+    def of_heads(table: Tensor) -> Tensor:
+        return table.masked_fill(torch.tensor(missing), torch.inf).expand(shape).contiguous()
+
+    prices = {"density": of_heads(torch.tensor([each.density().weighted for each in lists]))}
+    dense = run["seconds_per_call"]
+    if dense is None:
+        return prices
+    dtype, device = getattr(torch, run["dtype"]), torch.device(run["device"])
+    query = torch.empty((), dtype=dtype, device=device).expand(run["shape"])
+    passes = pass_times(lists, query, dense)
+    if passes is None:
+        return prices
+    prices["time"] = of_heads(passes[0])
+    stages = stage_times(candidates, query, dense, block)
+    if stages is not None:
+        prices["stage_time"] = stages[0]
+        prices["launch_time"] = torch.cat([passes[1][:, None], stages[1]], 1)
+    return prices

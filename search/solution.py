@@ -16,7 +16,8 @@ from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.assign import SLACK, assign, assign_cheapest, sparse_vdit
 from dit_sparse.search.budget import CLOCKED, Budget
-from dit_sparse.search.evidence import Evidence, Tables
+from dit_sparse.search.evidence import Evidence
+from dit_sparse.search.tables import Tables
 from dit_sparse.search.timing import Timing
 
 EXAMPLE = 0.4
@@ -36,6 +37,10 @@ search prompts, phases of an error of .10 gave videos 5 to 9 dB worse than none 
 
 PRICES = 12
 """Bisections of the price of a byte."""
+
+TRIES = 8
+"""How often a limit of time is lowered by what launches of further groups of heads took beyond it:
+heads are assigned as if they shared one."""
 
 GENERATED = (
     "a PSNR is held by generating videos, which needs the model: search with search_plan or "
@@ -77,22 +82,25 @@ def solve(evidence: Evidence, budget: Budget, timing: Timing | None = None) -> S
             f"{budget} cannot be predicted: the search measured no times (it needs two steps); "
             "search again with more steps, or ask for FLOPs, a density or an error"
         )
-    found: list[Solution] = []
+    found: list[tuple[Tables, Tensor, dict[str, float]]] = []
     for tables in _tables(evidence, budget):
         chosen = _assigned(evidence, tables, budget, timing)
         if chosen is not None:
-            found.append(_solution(tables, chosen, evidence.full, timing))
+            found.append((tables, chosen, _predicted(tables, chosen)))
     if not found:
         raise ValueError(_refusal(evidence, budget, timing))
 
-    def rank(each: Solution) -> tuple[float, ...]:
-        error, flops = each.predicted["error"], each.predicted["flops"]
-        far = bool(each.schedule.phases) and error > FAR
+    def rank(each: tuple[Tables, Tensor, dict[str, float]]) -> tuple[float, ...]:
+        tables, _, predicted = each
+        error, flops = predicted["error"], predicted["flops"]
+        far = bool(tables.schedule.phases) and error > FAR
         if budget.price is not None:
             return far, error / evidence.error.shape[1] + budget.price * flops
         return (far, error, flops) if budget.error is None else (far, flops, error)
 
-    return min(found, key=rank)
+    tables, chosen, predicted = min(found, key=rank)
+    times = _times(evidence, tables, chosen, timing)
+    return Solution(chosen, tables.schedule, predicted, times)
 
 
 def resolve(plan: Plan, budget: Budget) -> Plan:
@@ -117,31 +125,50 @@ def solution_of(
     evidence: Evidence, chosen: Tensor, schedule: Schedule, timing: Timing | None = None
 ) -> Solution:
     """The candidates `chosen`, int64 `[rows, heads]`, with what is expected of them."""
-    return _solution(evidence.tables(schedule), chosen, evidence.full, timing)
+    tables = evidence.tables(schedule)
+    times = _times(evidence, tables, chosen, timing)
+    return Solution(chosen, schedule, _predicted(tables, chosen), times)
 
 
-def _solution(tables: Tables, chosen: Tensor, full: int, timing: Timing | None) -> Solution:
+def attention(evidence: Evidence, tables: Tables, chosen: Tensor) -> float:
+    """Seconds of self-attention relative to dense of the candidates `chosen`, int64 `[rows,
+    heads]`: a layer whose heads are all full runs the model's own attention; in any other each
+    group of heads launches its own calls."""
+    spent = _picked(tables.time, chosen).mean(-1)
+    launch = _picked(tables.launch, chosen)
+    for row, own in enumerate(chosen):
+        if (own == evidence.full).all():
+            spent[row] = tables.flops[row, 0, evidence.full]
+        elif launch[row].any():
+            # What heads paid together was one launch.
+            groups = evidence.groups(own)
+            further = sum(launch[row, list(group.heads)].max() for group in groups)
+            spent[row] += further - launch[row].mean()
+    return spent.mean().item()
+
+
+def _predicted(tables: Tables, chosen: Tensor) -> dict[str, float]:
     flops = _mean(tables.flops, chosen)
     sparse = 1 - tables.dense
-    predicted = {
+    return {
         "flops": flops,
         "density": (flops - tables.dense) / sparse if sparse else 1.0,
         "error": _mean(tables.error, chosen) * chosen.shape[1],
         "cache_bytes": tables.most_bytes(chosen),
     }
+
+
+def _times(
+    evidence: Evidence, tables: Tables, chosen: Tensor, timing: Timing | None
+) -> dict[str, float]:
     if timing is None:
-        return Solution(chosen, tables.schedule, predicted, {})
-    spent = _picked(tables.time, chosen)
-    # A layer whose heads are all full runs the model's own attention.
-    dense = (chosen == full).all(-1)
-    spent[dense] = tables.flops[dense][..., full]
-    attention = spent.mean().item()
-    times = {
-        "attention": attention,
-        "speedup": timing.speedup(attention),
-        "seconds": timing.seconds(attention),
+        return {}
+    spent = attention(evidence, tables, chosen)
+    return {
+        "attention": spent,
+        "speedup": timing.speedup(spent),
+        "seconds": timing.seconds(spent),
     }
-    return Solution(chosen, tables.schedule, predicted, times)
 
 
 def limit_of(budget: Budget, tables: Tables, timing: Timing | None) -> tuple[Tensor, float]:
@@ -190,7 +217,25 @@ def _assigned(
         return _within_bytes(
             lambda flops: assign_cheapest(tables.error, flops, limit), tables.flops, tables, budget
         )
-    return _within_bytes(lambda error: assign(error, costs, limit), tables.error, tables, budget)
+
+    def within(room: float) -> Tensor | None:
+        return _within_bytes(
+            lambda error: assign(error, costs, room), tables.error, tables, budget
+        )
+
+    chosen = within(limit)
+    if budget.name not in CLOCKED:
+        return chosen
+    room = limit
+    for _ in range(TRIES):
+        over = 0.0 if chosen is None else attention(evidence, tables, chosen) - limit
+        if over <= limit * SLACK:
+            return chosen
+        room -= over
+        if _least(costs) > room * (1 + SLACK):
+            return None
+        chosen = within(room)
+    return None
 
 
 def _within_bytes(
@@ -221,7 +266,7 @@ def _refusal(evidence: Evidence, budget: Budget, timing: Timing | None) -> str:
     every = _tables(evidence, budget)
     if budget.name in CLOCKED:
         assert timing is not None
-        fastest = min(_least(tables.time) for tables in every)
+        fastest = min(attention(evidence, each, each.time.argmin(-1)) for each in every)
         reach = f"{timing.speedup(fastest):.2f}x, {timing.seconds(fastest):.3g} s"
         return (
             f"{budget} is out of reach: no plan of this search is faster than {reach}; "

@@ -1,5 +1,7 @@
 """What the tests of the search share: evidence of a small model that nobody searched."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,21 @@ def evidence_of(layers: int, seed: int = 0) -> Evidence:
         density=density,
         column_mass=torch.rand(layers, HEADS, 6, generator=generator),
         importance=torch.ones(len(SEEN.anchors)),
+    )
+
+
+def calibrated(evidence: Evidence, launch: float = 0.02) -> Evidence:
+    """`evidence` with times: a pass takes 1.25 of dense attention for its density, at least a
+    launch, a search .1, taking a cache .03, applying it .02."""
+    does = torch.ones(SPACE.slots, 2, 4)
+    does[..., 1] = torch.tensor([isinstance(p, Scored) for p in (*SPACE.patterns, None)])[:, None]
+    does[:, 0, 2:] = 0
+    does = does.flatten(0, 1)
+    return replace(
+        evidence,
+        time=(1.25 * evidence.density).clamp_min(launch),
+        stage_time=does[:, 1:] * torch.tensor([0.1, 0.03, 0.02]),
+        launch_time=does * torch.tensor([launch, 0.01, 0.004, 0.003]),
     )
 
 

@@ -18,6 +18,7 @@ from dit_sparse.kernels import gather
 from dit_sparse.kernels.backend import Backend, choose
 from dit_sparse.kernels.calibration import calibration_for, path_of, read
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.stage import STAGES
 from dit_sparse.workload import PRESETS, Workload, grid_of_tokens
 
 ROW = {
@@ -158,7 +159,7 @@ def test_a_wrong_backend_stops_the_command(run: Run, monkeypatch: pytest.MonkeyP
         (("--density", "0"), "density must be in (0, 1], got 0"),
         (("--dtype", "int7"), "dtype 'int7' is unknown"),
         (("--device", "warp"), "device 'warp' is unknown"),
-        (("--pattern", "spiral"), "pattern must be one of blocks, neighborhood, band"),
+        (("--pattern", "spiral"), "pattern must be one of blocks, neighborhood, band, pooled"),
         (("--out", "{file}/bench.json"), "cannot write to"),
         (("--calibrate", "--backend", "busy"), "nothing to calibrate:"),
         (("--calibrate", "--density", "1", "--pattern", "blocks"), "at least 4 measurements"),
@@ -221,12 +222,18 @@ def test_calibration_is_written_read_and_used(
     )  # fmt: skip
     assert code == 0, err
     data = json.loads(printed)
-    (cost,) = data["costs"]
-    assert (cost["backend"], cost["dtype"], cost["head_dim"]) == ("gather", "float32", 16)
-    assert cost["samples"] == 2 * 3 * 5
+    cost, *stages = data["costs"]
+    assert (cost["name"], cost["dtype"], cost["head_dim"]) == ("gather", "float32", 16)
+    # It takes pooled workloads only where nothing is left to pool.
+    assert cost["samples"] == 2 * (3 * 5 + 1)
     assert cost["mean_error"] <= cost["largest_error"]
+    # Two numbers of tokens, of heads, and two sides of blocks.
+    names = {str(stage) for stage in STAGES}
+    assert {(each["name"], each["head_dim"], each["samples"]) for each in stages} == {
+        (name, 16, 8) for name in names
+    }
     (file,) = data["files"]
-    assert set(read(Path(file)).costs) == {("gather", "float32", 16)}
+    assert set(read(Path(file)).costs) == {(name, "float32", 16) for name in ("gather", *names)}
     assert f"wrote {file}" in err
     known = calibration_for(torch.device("cpu"))
     assert known is not None
@@ -242,7 +249,11 @@ def test_a_calibration_shows_its_held_out_error(run: Run) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert "held-out" in printed
-    assert "gather" in printed
+    rows = [line.split(" float32 ") for line in printed.splitlines() if " float32 " in line]
+    assert [name.strip() for name, _ in rows] == ["gather", *map(str, STAGES)]
+    # head_dim, five costs, two errors: none is cut off.
+    assert [len(figures.split()) for _, figures in rows] == [8] * 9
+    assert "…" not in printed
 
 
 def test_a_cache_that_cannot_be_written_to_is_one_line(
@@ -261,7 +272,8 @@ def test_a_cache_that_cannot_be_written_to_is_one_line(
 def test_calibrating_takes_every_backend_that_accepts() -> None:
     workloads = [workload(density=density) for density in (0.2, 0.4, 0.6, 1.0)]
     found = calibrate(workloads, repeats=1)
-    assert {backend for backend, _, _ in found.costs} == {"choosy", "gather"}
+    names = {name for name, _, _ in found.costs}
+    assert names - set(map(str, STAGES)) == {"choosy", "gather"}
     assert path_of(found.device).suffix == ".json"
 
 

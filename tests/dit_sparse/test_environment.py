@@ -32,9 +32,10 @@ def test_the_state_of_the_calibration_is_told() -> None:
     from dit_sparse.kernels.calibration import Calibration, Cost, device_name, path_of, write
 
     assert calibrations()["cpu"] == "none, so backends are taken in their own order"
-    cost = Cost(0.0, 0.0, 1.0, 1.0, samples=4, mean_error=0.0, largest_error=0.0)
+    cost = Cost(0.0, 0.0, 1.0, 1.0, 1.0, samples=4, mean_error=0.0, largest_error=0.0)
     name = device_name(torch.device("cpu"))
-    write(Calibration(name, {("gather", "float32", 64): cost, ("gather", "float32", 128): cost}))
+    kinds = ("gather", 64), ("gather", 128), ("search by mass of 16 rows", 64)
+    write(Calibration(name, {(kind, "float32", dim): cost for kind, dim in kinds}))
     assert calibrations()["cpu"] == f"gather in {path_of(name)}"
     path_of(name).write_text("{")
     assert "none: " in calibrations()["cpu"]

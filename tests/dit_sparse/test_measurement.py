@@ -39,8 +39,9 @@ def test_a_right_backend_passes_with_its_error(pattern: str, dtype: str) -> None
     assert 0 < error < measurement.LARGEST_ERROR[call.query.dtype] / 2
 
 
-def test_exact_attention_is_that_of_the_reference() -> None:
-    call = Workload(GRID, head_dim=16, block=8).call()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_exact_attention_is_that_of_the_reference(pattern: str) -> None:
+    call = Workload(GRID, head_dim=16, block=8, pattern=pattern).call()
     query, key, value = (x.double() for x in (call.query, call.key, call.value))
     output, lse = reference.run(AttentionCall(query, key, value, call.blocks, call.scale))
     rows = torch.tensor([0, 50, 110])

@@ -53,8 +53,16 @@ def test_random_blocks_are_whole_and_as_many_as_asked() -> None:
 def test_every_pattern_has_a_dense_form_and_grows_to_it(pattern: str) -> None:
     workload = Workload(GRID, block=16, pattern=pattern, density=0.1)
     sparse, dense = workload.blocks().density(), workload.dense().blocks().density()
-    assert sparse.element <= sparse.block < 1
+    assert sparse.element <= sparse.weighted < 1
     assert dense.element == dense.block == 1
+
+
+def test_pooled_workloads_see_all_other_blocks_as_means_of_eight() -> None:
+    blocks = Workload(GRID, heads=3, block=16, pattern="pooled", density=0.25).blocks()
+    assert blocks.density().block == 1
+    assert blocks.density().weighted == 0.25 + 0.75 / 8
+    whole = Workload(GRID, heads=3, block=16, density=0.25).blocks()
+    assert torch.equal(blocks.key_block[blocks.tag == WHOLE], whole.key_block)
 
 
 def test_neighborhoods_stand_in_tiles_that_fill_a_block() -> None:
@@ -80,7 +88,10 @@ def test_operands_are_drawn_anew_the_same() -> None:
         ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
         ({"heads": 0}, "heads must be at least 1, got 0"),
         ({"block": 0}, "block must be at least 1, got 0"),
-        ({"pattern": "spiral"}, "pattern must be one of blocks, neighborhood, band, got 'spiral'"),
+        (
+            {"pattern": "spiral"},
+            "pattern must be one of blocks, neighborhood, band, pooled, got 'spiral'",
+        ),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
         ({"device": "warp"}, "device 'warp' is unknown"),
     ],

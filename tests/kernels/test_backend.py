@@ -66,7 +66,7 @@ def test_auto_takes_what_was_measured_to_be_fastest(
     monkeypatch.setattr(backend, "BACKENDS", TABLE)
     costs = {
         (name, "float32", 8): Cost(
-            seconds, 0.0, 0.0, 0.0, samples=4, mean_error=0.0, largest_error=0.0
+            seconds, 0.0, 0.0, 0.0, 0.0, samples=4, mean_error=0.0, largest_error=0.0
         )
         for name, seconds in measured.items()
     }

@@ -3,8 +3,9 @@ import torch
 
 from dit_sparse.search.baselines import best_uniform, random_assignment
 from dit_sparse.search.budget import Budget
-from dit_sparse.search.evidence import Evidence, Tables
+from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import solution_of, solve
+from dit_sparse.search.tables import Tables
 from tests.searched import HEADS, SCHEDULES, evidence_of, picked
 
 LAYERS = 3

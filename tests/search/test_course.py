@@ -61,6 +61,7 @@ def course(keeping: Keeping, schedule: Schedule, steps: int) -> Course:
     return Course(
         steps,
         sum(own.dense for own in every),
+        sum(own.exact for own in every),
         sum(own.sparse for own in every),
         sum(own.searches for own in every),
         tuple(err for own in every for err in own.errs),
@@ -137,6 +138,8 @@ def test_a_course_is_that_of_the_attention(
             errs.append((step, step - last.pop()))
     expected = course(keeping(pattern, remainder), schedule, steps)
     assert expected.errs == tuple(errs)
+    made = [attention.stopwatch.lap(name).count for name in ("attention", "search")]
+    assert made == [expected.exact + expected.sparse, expected.searches]
     density = blocks_like(Candidate(pattern, remainder), grid, BLOCK).density().weighted
     both = torch.tensor([density, search_cost(pattern, BLOCK)]).double()
     assert expected.cost(*both).item() == pytest.approx(flops / steps)
@@ -145,36 +148,38 @@ def test_a_course_is_that_of_the_attention(
 def test_what_is_kept_decides_the_course() -> None:
     schedule = Schedule(dense_first=1, renew_every=2, dense_last=1)
     plain = course(keeping(Band(3), Drop()), schedule, 6)
-    assert plain == Course(6, 2, 4, 0, ((1, 0), (2, 0), (3, 0), (4, 0)))
+    assert plain == Course(6, 2, 0, 4, 0, ((1, 0), (2, 0), (3, 0), (4, 0)))
     sampled = course(keeping(SAMPLED, Drop()), schedule, 6)
-    assert sampled == Course(6, 2, 4, 2, ((1, 0), (2, 1), (3, 0), (4, 1)))
+    assert sampled == Course(6, 2, 0, 4, 2, ((1, 0), (2, 1), (3, 0), (4, 1)))
     # The first search of a mass needs the LSE of dense attention, whose output it returns.
     mass = course(keeping(MASS, Drop()), schedule, 6)
-    assert mass == Course(6, 3, 3, 2, ((2, 1), (3, 0), (4, 1)))
+    assert mass == Course(6, 2, 1, 3, 2, ((2, 1), (3, 0), (4, 1)))
     cached = course(keeping(Skip(), Complement()), schedule, 6)
-    assert cached == Course(6, 4, 4, 0, ((2, 1), (4, 1)))
+    assert cached == Course(6, 2, 2, 4, 0, ((2, 1), (4, 1)))
     both = course(keeping(MASS, Rescale()), schedule, 6)
-    assert both == Course(6, 4, 4, 2, ((2, 1), (4, 1)))
+    assert both == Course(6, 2, 2, 4, 2, ((2, 1), (4, 1)))
+    assert both.calls(cache=True) == (4, 2, 2, 2)
+    assert mass.calls(cache=False) == (3, 2, 0, 0)
     assert keeping(Full(), Pooled()) == Keeping(False, False, False)
 
 
 def test_a_phase_knows_nothing_of_the_one_before() -> None:
     schedule = Schedule(dense_first=1, phases=(0.5, 0.8))
     assert courses(keeping(Band(3), Drop()), schedule, 6) == (
-        Course(6, 1, 2, 0, ((1, 0), (2, 0))),
-        Course(6, 0, 2, 0, ((3, 0), (4, 0))),
-        Course(6, 0, 1, 0, ((5, 0),)),
+        Course(6, 1, 0, 2, 0, ((1, 0), (2, 0))),
+        Course(6, 0, 0, 2, 0, ((3, 0), (4, 0))),
+        Course(6, 0, 0, 1, 0, ((5, 0),)),
     )
     assert courses(keeping(MASS, Complement()), schedule, 6) == (
-        Course(6, 2, 2, 1, ((2, 1),)),
-        Course(6, 1, 2, 1, ((4, 1),)),
-        Course(6, 1, 1, 1, ()),
+        Course(6, 1, 1, 2, 1, ((2, 1),)),
+        Course(6, 0, 1, 2, 1, ((4, 1),)),
+        Course(6, 0, 1, 1, 1, ()),
     )
     # Of two steps nothing is left for the last.
     assert courses(keeping(Band(3), Drop()), schedule, 2) == (
-        Course(2, 1, 0, 0, ()),
-        Course(2, 0, 1, 0, ((1, 0),)),
-        Course(2, 0, 0, 0, ()),
+        Course(2, 1, 0, 0, 0, ()),
+        Course(2, 0, 0, 1, 0, ((1, 0),)),
+        Course(2, 0, 0, 0, 0, ()),
     )
 
 
@@ -211,16 +216,16 @@ def table(*rows: tuple[float, float, float]) -> Tensor:
     ids=["seen", "aged", "between", "quarter", "old", "late"],
 )
 def test_weights_interpolate(errs: tuple[tuple[int, int], ...], expected: Tensor) -> None:
-    weights = SEEN.weights(Course(12, 0, 0, 0, errs), EQUAL)
+    weights = SEEN.weights(Course(12, 0, 0, 0, 0, errs), EQUAL)
     torch.testing.assert_close(weights, expected / 12)
 
 
 def test_other_numbers_of_steps_are_carried_over_as_shares() -> None:
     # Step 12 of 24, renewed at 8: step 4 of 12, 2 steps ago.
-    weights = SEEN.weights(Course(24, 0, 0, 0, ((12, 4),)), EQUAL)
+    weights = SEEN.weights(Course(24, 0, 0, 0, 0, ((12, 4),)), EQUAL)
     torch.testing.assert_close(weights, table((0, 0.25, 0.25), (0, 0.25, 0.25)) / 24)
     # Step 2 of 6, renewed at 1: step 2 of 12, 2 steps ago.
-    weights = SEEN.weights(Course(6, 0, 0, 0, ((2, 1),)), EQUAL)
+    weights = SEEN.weights(Course(6, 0, 0, 0, 0, ((2, 1),)), EQUAL)
     torch.testing.assert_close(weights, table((0, 0.5, 0.5), (0, 0, 0)) / 6)
 
 
@@ -286,7 +291,7 @@ def test_schedules_cover_a_twentieth_to_a_third_dense() -> None:
 
 
 def test_measured_importance_is_interpolated_by_its_logarithm() -> None:
-    own = Course(12, 0, 0, 0, ((4, 0), (8, 0)))
+    own = Course(12, 0, 0, 0, 0, ((4, 0), (8, 0)))
     # Steps 0 to 2 count 100, step 4, half way to the second anchor, 10, and those from 6 on 1.
     each = torch.tensor([100.0] * 3 + [10**1.5, 10.0, 10**0.5] + [1.0] * 6, dtype=torch.double)
     each /= each.mean()
@@ -296,8 +301,8 @@ def test_measured_importance_is_interpolated_by_its_logarithm() -> None:
 
 
 def test_errors_of_early_steps_count_more_where_nothing_was_measured() -> None:
-    early, late = (SEEN.weights(Course(12, 0, 0, 0, ((step, 0),))).sum() for step in (1, 9))
+    early, late = (SEEN.weights(Course(12, 0, 0, 0, 0, ((step, 0),))).sum() for step in (1, 9))
     counts = [math.exp(-DECAY * step / 12) + FLOOR for step in (1, 9)]
     assert (early / late).item() == pytest.approx(counts[0] / counts[1])
-    everything = Course(12, 0, 0, 0, tuple((step, 0) for step in range(12)))
+    everything = Course(12, 0, 0, 0, 0, tuple((step, 0) for step in range(12)))
     assert SEEN.weights(everything).sum().item() == pytest.approx(1)

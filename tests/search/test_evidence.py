@@ -17,7 +17,18 @@ from dit_sparse.search.budget import Budget
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import Candidate
-from tests.searched import GRID, HEADS, MASS, PHASED, SCHEDULES, SEEN, STEPS, evidence_of, plan_of
+from tests.searched import (
+    GRID,
+    HEADS,
+    MASS,
+    PHASED,
+    SCHEDULES,
+    SEEN,
+    STEPS,
+    calibrated,
+    evidence_of,
+    plan_of,
+)
 
 LAYERS = 3
 OFTEN = SCHEDULES[1]
@@ -180,6 +191,64 @@ def test_measured_times_stand_beside_flops(evidence: Evidence) -> None:
     assert tables.time[0, 0, number].item() == pytest.approx(0.5 + 0.15 + 0.8 * 0.8)
 
 
+@pytest.mark.parametrize(
+    ("candidate", "time", "launch"),
+    [
+        # 2 dense steps; 3 renewals with a dense pass, a sparse one, a search and a cache taken;
+        # 5 sparse passes to which it is applied.
+        (
+            Candidate(MASS, Complement()),
+            2 + 3 * (1.25 + 0.5 + 0.1 + 0.03) + 5 * (0.5 + 0.02),
+            3 * (0.02 + 0.02 + 0.01 + 0.004) + 5 * (0.02 + 0.003),
+        ),
+        # The first of 3 searches has a dense pass, the others sparse ones.
+        (Candidate(MASS), 2 + 1.25 + 7 * 0.5 + 3 * 0.1, 0.02 + 7 * 0.02 + 3 * 0.01),
+        (
+            Candidate(Band(6), Complement()),
+            2 + 3 * (1.25 + 0.3125 + 0.03) + 5 * (0.3125 + 0.02),
+            3 * (0.02 + 0.02 + 0.004) + 5 * (0.02 + 0.003),
+        ),
+        (Candidate(Band(20)), 2 + 8 * 0.75, 8 * 0.02),
+        (Candidate(Full()), 2 + 8 * 1.25, 8 * 0.02),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Candidate) else "",
+)
+def test_times_of_calls_by_hand(
+    evidence: Evidence, candidate: Candidate, time: float, launch: float
+) -> None:
+    timed = calibrated(evidence)
+    number = timed.number(1, 1, candidate)
+    assert number is not None
+    tables, plain = timed.tables(OFTEN), evidence.tables(OFTEN)
+    assert tables.time[1, 1, number].item() == pytest.approx(time / 10)
+    assert tables.launch[1, 1, number].item() == pytest.approx(launch / 10)
+    assert torch.equal(tables.flops, plain.flops)
+    assert not plain.launch.any()
+
+
+def test_times_of_calls_in_phases_by_hand(evidence: Evidence) -> None:
+    tables = calibrated(evidence).tables(PHASED)
+    number = evidence.number(1, 1, Candidate(MASS, Complement()))
+    assert number is not None
+    # 1, 2, 3, then 4, 5, 6, then 7, 8, 9 are sparse; each phase renews at its first.
+    renewing, reusing = 1.25 + 0.5 + 0.1 + 0.03, 0.5 + 0.02
+    own = renewing + 2 * reusing
+    times = tables.time[[1, 1 + LAYERS, 1 + 2 * LAYERS], 1, number]
+    assert times.tolist() == pytest.approx([3 * (1 + own) / 10, 3 * own / 10, 3 * own / 10])
+    launch = 0.02 + 0.02 + 0.01 + 0.004 + 2 * (0.02 + 0.003)
+    assert tables.launch[1::LAYERS, 1, number].tolist() == pytest.approx([3 * launch / 10] * 3)
+
+
+def test_heads_that_share_calls_are_a_group(evidence: Evidence) -> None:
+    def heads(*numbers: int) -> list[tuple[int, ...]]:
+        return [group.heads for group in evidence.groups(torch.tensor(numbers))]
+
+    # Full, a band, columns and skipping; found blocks; a band and columns with caches.
+    assert sorted(heads(0, 4, 8, 10, 7, 2, 8, 11)) == [(0, 1, 3, 5), (2, 6), (4, 7)]
+    assert sorted(heads(8, 9)) == [(0,), (1,)]
+    assert heads(0, 0) == []
+
+
 def test_what_a_head_lacks_is_infinite_in_every_table(evidence: Evidence) -> None:
     evidence.error[1, 0, 4] = torch.inf
     for schedule in SCHEDULES:
@@ -229,6 +298,11 @@ def test_evidence_travels_in_the_plan(evidence: Evidence, plan: Plan) -> None:
         assert torch.equal(getattr(came, name), table)
     timed = replace(plan, evidence=plan.evidence | {"time": evidence.density})
     assert Evidence.of_plan(timed).time is evidence.density
+    assert Evidence.of_plan(timed).stage_time is None
+    own = calibrated(evidence)
+    arrived = Evidence.of_plan(plan_of(own))
+    for name in ("time", "stage_time", "launch_time"):
+        assert torch.equal(getattr(arrived, name), getattr(own, name))
 
 
 def changed(table: Tensor, value: float) -> Tensor:
@@ -243,13 +317,15 @@ def changed(table: Tensor, value: float) -> Tensor:
         ("density", lambda t: t[:, :1], "should have the shape"),
         ("error", lambda t: t[..., :1], "should have the shape .* error has"),
         ("time", lambda t: t[..., :-1], "should have the shape .* time has"),
+        ("stage_time", lambda t: t[:-1], r"should have the shape \(12, 3\), stage_time has"),
+        ("launch_time", lambda t: -t, "at least 0, launch_time holds others"),
         ("column_mass", lambda t: t[..., :-1], "should have 6 key blocks"),
         ("error", lambda t: t + 0.1, "full attention among its candidates, without error"),
     ],
-    ids=["nan", "negative", "heads", "ages", "time", "mass", "full-errs"],
+    ids=["nan", "negative", "heads", "ages", "time", "stages", "launches", "mass", "full-errs"],
 )
 def test_tampered_evidence_is_refused(plan: Plan, name: str, change: Any, message: str) -> None:
-    arrays = plan.evidence | {"time": plan.evidence["density"]}
+    arrays = calibrated(Evidence.of_plan(plan)).arrays()
     with pytest.raises(ValueError, match=f"the plan's evidence .*{message}.*search again"):
         resolve(replace(plan, evidence=arrays | {name: change(arrays[name])}), Budget(flops=0.5))
 

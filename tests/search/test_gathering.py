@@ -104,7 +104,7 @@ def test_densities_are_what_a_sparse_pass_computes() -> None:
 
 
 def test_times_are_taken_where_the_device_was_calibrated() -> None:
-    one = Cost(1.0, 0.0, 2.0, 2.0, 8, 0.0, 0.0)
+    one = Cost(1.0, 0.0, 2.0, 2.0, 2.0, 8, 0.0, 0.0)
     costs = {(backend.name, "float32", 12): one for backend in BACKENDS}
     write(Calibration(device_name(torch.device("cpu")), costs))
     evidence = gathered(sums([[1, 1, 1]] * 3, 0))
@@ -115,3 +115,16 @@ def test_times_are_taken_where_the_device_was_calibrated() -> None:
         time = evidence.time[0, 1, number].item()
         assert time == pytest.approx((1 + 2 * pairs * density) / 0.5)
     assert (evidence.time[0, 0, [1, 2, 10]] == torch.inf).all()
+    assert evidence.stage_time is None
+    stages = {
+        ("take complement float16", "float32", 12),
+        ("apply complement float16", "float32", 12),
+    }
+    write(Calibration(device_name(torch.device("cpu")), dict.fromkeys(stages, one)))
+    evidence = gathered(sums([[1, 1, 1]] * 3, 0))
+    assert evidence.stage_time is not None
+    assert evidence.launch_time is not None
+    # Each takes a second of launch, of .5 s that dense attention takes.
+    assert evidence.launch_time[8].tolist() == [2, 0, 2, 2]
+    assert evidence.stage_time[8].tolist() == evidence.launch_time[8, 1:].tolist()
+    assert evidence.launch_time[7].tolist() == [2, 0, 0, 0]
