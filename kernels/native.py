@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +36,17 @@ class _Operand(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("token", ctypes.c_int64),
         ("head", ctypes.c_int64),
+    )
+
+
+class _Side(ctypes.Structure):
+    """`Side` of cpp/pool.h."""
+
+    _fields_ = (
+        ("operand", _Operand),
+        ("permutation", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
     )
 
 
@@ -120,32 +132,71 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     prepared = _prepared_of(call.blocks)
     if prepared.masks is None and prepared.unwindowed:
         prepared.masks = bit_masks(call.blocks, prepared.unwindowed)
-    asked, _alive = _asked(call, output, lse)
-    if _library().dit_sparse_attend(ctypes.byref(asked), _DTYPES[call.query.dtype]):
-        raise MemoryError(f"no memory for attention of head_dim {head_dim}")
+    _run("attend", call, output, lse)
     return output, lse
 
 
 def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     """What `block_mass` of mass.py says."""
-    blocks, (batch, _, heads, head_dim) = call.blocks, call.query.shape
+    blocks, (batch, _, heads, _) = call.blocks, call.query.shape
     out = torch.zeros((batch, heads, blocks.query_blocks, blocks.key_blocks))
     slots, block, groups = _slots(blocks, rows)
-    asked, _alive = _asked(call, call.query, lse)
-    failed = _library().dit_sparse_mass(
-        ctypes.byref(asked),
-        _DTYPES[call.query.dtype],
-        *(ctypes.c_void_p(x.data_ptr()) for x in (slots, block, groups)),
-        ctypes.c_int64(len(groups) - 1),
-        ctypes.c_int64(blocks.key_blocks),
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    if failed:
-        raise MemoryError(f"no memory for the mass of blocks of head_dim {head_dim}")
+    count = len(groups) - 1
+    _run("mass", call, call.query, lse, slots, block, groups, count, blocks.key_blocks, out)
     return out
 
 
-def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, object]:
+def largest(call: AttentionCall, rows: Tensor, columns: Tensor) -> Tensor:
+    """By how much, at least, the samples of each block of queries miss the largest logit that they
+    have with any sample, in powers of two: float32 `[batch, heads, query_blocks, key_blocks]`, -inf
+    where a block has no samples.
+
+    `rows`, `columns`: raster tokens, int64 `[batch or 1, blocks, samples]`, -1 for none.
+    """
+    blocks, (batch, _, heads, _) = call.blocks, call.query.shape
+    out = torch.empty((batch, heads, blocks.query_blocks, blocks.key_blocks))
+    own, count = int(len(rows) > 1), rows.shape[2]
+    _run("largest", call, call.query, None, rows, columns, count, blocks.key_blocks, own, out)
+    return out
+
+
+def pooled(
+    call: AttentionCall, tokens: Tensor, cut: tuple[Tensor, Tensor], center: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Means of the blocks of `tokens`, the query or the key of the call, less `center` float32
+    `[batch, heads, head_dim]`: float32 `[batch, heads, blocks, head_dim]`. And the mean cosine of
+    all pairs in each, float32 `[batch, heads, blocks]`. `cut` is permutation and offsets, int64;
+    padded text is left out, and blocks without tokens have zeros."""
+    (batch, _, heads, head_dim), (permutation, offsets) = tokens.shape, cut
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    cosine = torch.empty((batch, heads, len(offsets) - 1))
+    mean = torch.empty((*cosine.shape, head_dim))
+    side = _Side(
+        _operand(tokens), permutation.data_ptr(), offsets.data_ptr(), len(offsets) - 1
+    )
+    _run("pool", call, call.query, None, ctypes.byref(side), center, mean, cosine)
+    return mean, cosine
+
+
+def _run(
+    name: str, call: AttentionCall, output: Tensor, lse: Tensor | None, *arguments: Any
+) -> None:
+    """A function of the library; it gets tensors as addresses and integers in 64 bits."""
+    asked, _alive = _asked(call, output, lse)
+    given = (
+        ctypes.c_void_p(x.data_ptr())
+        if isinstance(x, Tensor)
+        else ctypes.c_int64(x)
+        if isinstance(x, int)
+        else x
+        for x in arguments
+    )
+    function = getattr(_library(), f"dit_sparse_{name}")
+    if function(ctypes.byref(asked), _DTYPES[call.query.dtype], *given):
+        raise MemoryError(f"no memory for {name} of head_dim {call.query.shape[-1]}")
+
+
+def _asked(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[_Call, object]:
     """The call as the library reads it, and what must live until it is done."""
     blocks = call.blocks
     operands = [
@@ -155,7 +206,6 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     prepared = _prepared_of(blocks)
     masks = prepared.masks
     lists = (
-        lse,
         blocks.permutation.long(),
         blocks.key_permutation.long(),
         blocks.query_offsets,
@@ -167,6 +217,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     )
     asked = _Call(
         *(_operand(x) for x in (*operands, output)),
+        None if lse is None else lse.data_ptr(),
         *(x.data_ptr() for x in lists),
         ctypes.addressof(prepared.windows),
         None if masks is None else masks.first.data_ptr(),
@@ -183,7 +234,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         -math.inf if call.pv_skip is None else call.pv_skip,
         _parallel(),
     )
-    return asked, (operands, lists, prepared)
+    return asked, (operands, lists, prepared, lse)
 
 
 def _slots(blocks: BlockIndices, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:

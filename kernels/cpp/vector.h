@@ -36,6 +36,15 @@ INLINE Vector larger(Vector a, Vector b) {
 #endif
 }
 
+INLINE float total(Vector x) {
+  for (int half = LANES / 2; half; half /= 2) {
+    Bits other;
+    for (int i = 0; i < LANES; i++) other[i] = i ^ half;
+    x += __builtin_shuffle(x, other);
+  }
+  return x[0];
+}
+
 // All bits of a lane from one bit of `word` each, lowest first.
 INLINE Bits spread(uint64_t word) {
   Bits own;

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels import native
 from dit_sparse.kernels import ranking as module
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
+from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, gilbert, pixel_major, raster, tile
 from dit_sparse.kernels.pattern import Full
@@ -148,19 +150,66 @@ def test_SD1_mean_of_the_attention_map_is_mass_by_the_size_of_blocks(operands):
     torch.testing.assert_close(found.share, pooled.float() * 32, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("samples", [1, 5, 16])
+@pytest.fixture(params=["native", "plain"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """What operands are made of, to be ranked by the one means or the other."""
+    if request.param == "plain":
+        return torch.float64
+    grid = TokenGrid(1, 1, 1)
+    tokens = torch.zeros(1, 1, 1, 1)
+    reason = native.supports(AttentionCall(tokens, tokens, tokens, cut(grid), 1.0))
+    if reason is not None:
+        pytest.skip(reason)
+    return torch.float32
+
+
+@pytest.mark.parametrize("samples", [1, 5, 16, 40])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("spread", [0.1, 4.0])
 def test_sampled_shares_are_their_definition(
-    grid: TokenGrid, samples: int, spread: float, operands, monkeypatch
+    grid: TokenGrid, samples: int, spread: float, dtype: torch.dtype, operands, monkeypatch
 ):
     query, key, _ = operands(grid.tokens, 2, 33, spread=spread**0.5)
     monkeypatch.setattr(module, "_AT_ONCE", 2 * samples**2 * 9 * 3)  # some rows at a time
     for order in ORDERS:
         blocks = cut(grid, order)
-        found = score_blocks(Sampled(samples), query.double(), key.double(), blocks).share
+        found = score_blocks(Sampled(samples), query.to(dtype), key.to(dtype), blocks).share
         expected = expected_largest(samples, logits_of(query, key, grid), blocks)
         torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", [Sampled(), Sampled(5), Means(0.02)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cpp_ranks_as_pytorch_does(
+    score: Sampled | Means, dtype: torch.dtype, operands, monkeypatch
+):
+    """More blocks than a thread takes at once, heads and batch of other strides, scores of any
+    sign."""
+    grid = TokenGrid(7, 12, 13, text_after=40, valid_text=(40, 0, 7))
+    query, key, _ = operands(grid.tokens, 3, 40, batch=3, dtype=dtype, spread=2.0)
+    key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    key[:, :24] = key[:, :1]  # blocks whose tokens are alike
+    blocks = block_indices([Full()] * 3, grid, pixel_major(), 16, 24)
+    for scale in (None, -0.2):
+        found = score_blocks(score, query, key, blocks, scale=scale)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.native, "supports", lambda call: "not asked")
+            expected = score_blocks(score, query, key, blocks, scale=scale)
+        torch.testing.assert_close(found.share, expected.share, atol=1e-6, rtol=2e-5)
+        if expected.forced is not None:
+            assert found.forced is not None
+            assert torch.equal(found.forced, expected.forced)
+
+
+def test_cpp_ranks_logits_that_are_far_apart_as_pytorch_does(operands, monkeypatch):
+    """Shares down to the smallest numbers there are, and beyond."""
+    grid = GRIDS[0]
+    query, key, _ = operands(grid.tokens, 2, spread=20.0)
+    found = score_blocks(Sampled(), query, key, cut(grid)).share
+    monkeypatch.setattr(module.native, "supports", lambda call: "not asked")
+    expected = score_blocks(Sampled(), query, key, cut(grid)).share
+    assert expected.amin() < 1e-30
+    torch.testing.assert_close(found, expected, atol=1e-38, rtol=1e-2)
 
 
 def test_AS4_with_all_tokens_sampled_the_score_is_the_maximum_of_the_block(operands):
@@ -178,11 +227,13 @@ def test_AS4_with_all_tokens_sampled_the_score_is_the_maximum_of_the_block(opera
 
 @pytest.mark.parametrize("similarity", [-1.0, 0.02, 0.1])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_means_are_their_definition(grid: TokenGrid, similarity: float, operands):
+def test_means_are_their_definition(
+    grid: TokenGrid, similarity: float, dtype: torch.dtype, operands
+):
     query, key, _ = operands(grid.tokens, 2, 7)
     key = key + 3.0  # which must not make blocks of keys alike
     blocks = cut(grid)
-    found = score_blocks(Means(similarity), query.double(), key.double(), blocks)
+    found = score_blocks(Means(similarity), query.to(dtype), key.to(dtype), blocks)
     share, forced = expected_means(similarity, query, key, blocks)
     torch.testing.assert_close(found.share, share.float(), atol=1e-6, rtol=1e-5)
     assert found.forced is not None
