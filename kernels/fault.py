@@ -1,4 +1,4 @@
-"""Fault: why tensors are not a list of blocks. Kernels read them unchecked and would trip over it."""
+"""Fault: why tensors are not a list of blocks. Kernels read them unchecked and would trip."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def _fault_of_cut(blocks: BlockIndices) -> str | None:
     return None
 
 
-def _fault_of_type(
-    blocks: BlockIndices, name: str, dtype: torch.dtype, length: int
-) -> str | None:
+def _fault_of_type(blocks: BlockIndices, name: str, dtype: torch.dtype, length: int) -> str | None:
     tensor = getattr(blocks, name)
     if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
         return f"{name} must be {dtype} [{length}], got {tensor.dtype} {tuple(tensor.shape)}"

@@ -1,8 +1,9 @@
-"""Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use.
+"""Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use, and what blocks are
+ranked by.
 
-Operands are read where they lie, through their strides and the order of tokens; what it needs
-beside them does not grow with the number of tokens, but for the bit masks of patterns that are not
-made of windows. float32 sums throughout.
+Operands are read where they lie, through their strides and the order of tokens; what attention
+needs beside them does not grow with the number of tokens, but for the bit masks of patterns that
+are not made of windows. float32 sums throughout.
 """
 
 import ctypes
@@ -47,6 +48,10 @@ class _Side(ctypes.Structure):
         ("permutation", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("blocks", ctypes.c_int64),
+        ("center", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
     )
 
 
@@ -147,9 +152,9 @@ def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
 
 
 def largest(call: AttentionCall, rows: Tensor, columns: Tensor) -> Tensor:
-    """By how much, at least, the samples of each block of queries miss the largest logit that they
-    have with any sample, in powers of two: float32 `[batch, heads, query_blocks, key_blocks]`, -inf
-    where a block has no samples.
+    """Of the samples of a block of queries and of a block of keys, the largest logit less the
+    largest that its query has with any sample of a key, in powers of two; of several queries the
+    largest difference. float32 `[batch, heads, query_blocks, key_blocks]`, -inf without samples.
 
     `rows`, `columns`: raster tokens, int64 `[batch or 1, blocks, samples]`, -1 for none.
     """
@@ -160,35 +165,44 @@ def largest(call: AttentionCall, rows: Tensor, columns: Tensor) -> Tensor:
     return out
 
 
-def pooled(
-    call: AttentionCall, tokens: Tensor, cut: tuple[Tensor, Tensor], center: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Means of the blocks of `tokens`, the query or the key of the call, less `center` float32
-    `[batch, heads, head_dim]`: float32 `[batch, heads, blocks, head_dim]`. And the mean cosine of
-    all pairs in each, float32 `[batch, heads, blocks]`. `cut` is permutation and offsets, int64;
-    padded text is left out, and blocks without tokens have zeros."""
-    (batch, _, heads, head_dim), (permutation, offsets) = tokens.shape, cut
+def means(call: AttentionCall, center: Tensor, similarity: float) -> tuple[Tensor, Tensor]:
+    """`exp(logit - largest)` of the means of blocks, keys less `center` float32 `[batch, heads,
+    head_dim]`, 0 where a block of keys is not alike: float32 `[batch, heads, query_blocks,
+    key_blocks]`. And the pairs with a block that is not, in any sample: bool without the batch."""
+    blocks, (batch, _, heads, _) = call.blocks, call.query.shape
+    shape = heads, blocks.query_blocks, blocks.key_blocks
+    weight, forced = torch.empty((batch, *shape)), torch.empty(shape, dtype=torch.bool)
+    queries, _query_kept = _side(call.query, blocks.permutation, blocks.query_offsets, None)
+    keys, _key_kept = _side(call.key, blocks.key_permutation, blocks.key_offsets, center)
+    sides = ctypes.byref(queries), ctypes.byref(keys)
+    _run("means", call, call.query, None, *sides, similarity, weight, forced)
+    return weight, forced
+
+
+def _side(
+    tokens: Tensor, permutation: Tensor, offsets: Tensor, center: Tensor | None
+) -> tuple[_Side, object]:
+    """Blocks of `tokens` with room for what is found of them, and what must live until then."""
+    (batch, _, heads, head_dim), blocks = tokens.shape, len(offsets) - 1
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    cosine = torch.empty((batch, heads, len(offsets) - 1))
-    mean = torch.empty((*cosine.shape, head_dim))
-    side = _Side(
-        _operand(tokens), permutation.data_ptr(), offsets.data_ptr(), len(offsets) - 1
-    )
-    _run("pool", call, call.query, None, ctypes.byref(side), center, mean, cosine)
-    return mean, cosine
+    mean = torch.empty((batch, heads, blocks, -(-head_dim // 16) * 16))
+    cosine = torch.empty((batch, heads, blocks))
+    count = torch.empty((batch, heads, blocks), dtype=torch.int64)
+    kept = tokens, permutation.long(), offsets, center, mean, cosine, count
+    _, places, cuts, middle, *found = (None if x is None else x.data_ptr() for x in kept)
+    return _Side(_operand(tokens), places, cuts, blocks, middle, *found), kept
 
 
 def _run(
     name: str, call: AttentionCall, output: Tensor, lse: Tensor | None, *arguments: Any
 ) -> None:
-    """A function of the library; it gets tensors as addresses and integers in 64 bits."""
+    """Call `name` of the library, with tensors as addresses, integers in 64 bits, floats in 32."""
     asked, _alive = _asked(call, output, lse)
+    kinds = {int: ctypes.c_int64, float: ctypes.c_float}
     given = (
         ctypes.c_void_p(x.data_ptr())
         if isinstance(x, Tensor)
-        else ctypes.c_int64(x)
-        if isinstance(x, int)
-        else x
+        else kinds.get(type(x), lambda same: same)(x)
         for x in arguments
     )
     function = getattr(_library(), f"dit_sparse_{name}")

@@ -187,30 +187,26 @@ def _of_means(
     score: Means, query: Tensor, key: Tensor, blocks: BlockIndices, scale: float
 ) -> Ranking:
     """The `Means` row of the head of this file, and the blocks whose tokens differ."""
-    query_count, key_count = _counts(blocks, query.device)
     call = AttentionCall(query, key, key, blocks, scale)
     if native.supports(call) is None:
-        cut = blocks.permutation, blocks.query_offsets
-        queries, query_cosine = native.pooled(call, query, cut, None)
-        cut = blocks.key_permutation, blocks.key_offsets
-        keys, key_cosine = native.pooled(call, key, cut, _mean(key, blocks.grid))
-    else:
-        rows, columns = _chosen(blocks, None, query.device)
-        queries, query_cosine = _pooled(query, rows, centered=False)
-        keys, key_cosine = _pooled(key, columns, centered=True)
-    query_differs, key_differs = (
-        ~(cosine > score.similarity) & (count > 0)
-        for cosine, count in ((query_cosine, query_count), (key_cosine, key_count))
-    )
-    logits = scale * queries @ keys.mT + rearrange(key_count.to(keys.dtype).log(), "b 1 j -> b 1 1 j")
-    logits = logits.masked_fill(rearrange(key_differs, "b h j -> b h 1 j"), -torch.inf)
-    top = logits.amax(-1, keepdim=True)
-    weight = (logits - top.where(top.isfinite(), 0)).exp()
-    weight = weight.masked_fill(rearrange(query_count == 0, "b 1 i -> b 1 i 1"), 0)
-    forced = rearrange(query_differs, "b h i -> b h i 1") | rearrange(
-        key_differs, "b h j -> b h 1 j"
-    )
-    return Ranking(_shares(weight.float()), forced.any(0))
+        weight, forced = native.means(call, _mean(key, blocks.grid), float(score.similarity))
+        return Ranking(_shares(weight), forced)
+    rows, columns = _chosen(blocks, None, query.device)
+    shares, forced = [], []
+    for sample in range(len(query)):
+        places = rows[sample % len(rows)], columns[sample % len(columns)]
+        queries, query_count, query_alike = _pooled(
+            query[sample], places[0], score, centered=False
+        )
+        keys, key_count, key_alike = _pooled(key[sample], places[1], score, centered=True)
+        logits = scale * queries @ keys.mT + rearrange(key_count.log(), "j -> 1 1 j")
+        logits = logits.masked_fill(~rearrange(key_alike, "h j -> h 1 j"), -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+        weight = (logits - top.where(top.isfinite(), 0)).exp()
+        shares.append(weight.masked_fill(rearrange(query_count == 0, "i -> 1 i 1"), 0))
+        differs = rearrange(~query_alike & (query_count > 0), "h i -> h i 1")
+        forced.append(differs | rearrange(~key_alike & (key_count > 0), "h j -> h 1 j"))
+    return Ranking(_shares(torch.stack(shares).float()), torch.stack(forced).any(0))
 
 
 def _mean(key: Tensor, grid: TokenGrid) -> Tensor:
@@ -221,36 +217,27 @@ def _mean(key: Tensor, grid: TokenGrid) -> Tensor:
     return key.masked_fill(~real, 0).sum(1, dtype=torch.float32) / real.sum(1)
 
 
-def _pooled(tokens: Tensor, places: Tensor, *, centered: bool) -> tuple[Tensor, Tensor]:
-    """Means of blocks `[batch, heads, blocks, head_dim]`, and the mean cosine of all pairs in each
-    `[batch, heads, blocks]`; of `tokens` `[batch, tokens, heads, head_dim]`."""
-    means, cosines = [], []
-    for sample, of_sample in enumerate(tokens):
-        own = places[sample % len(places)]
-        inside = rearrange(own >= 0, "j n -> j n 1 1")
-        members = _float(of_sample, own).masked_fill(~inside, 0)
-        if centered:
-            members = (members - members.sum((0, 1)) / inside.sum()).masked_fill(~inside, 0)
-        number = inside.sum(1).clamp_min(1)
-        direction = torch.nn.functional.normalize(members, dim=-1)
-        # The mean of all cosines is the square of the mean direction.
-        cosines.append(rearrange((direction.sum(1) / number).square().sum(-1), "j h -> h j"))
-        means.append(rearrange(members.sum(1) / number, "j h d -> h j d"))
-    return torch.stack(means), torch.stack(cosines)
+def _pooled(
+    tokens: Tensor, places: Tensor, score: Means, centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of blocks `[heads, blocks, head_dim]`, their numbers of tokens `[blocks]`, and which
+    are alike, bool `[heads, blocks]`; of `tokens` `[tokens, heads, head_dim]`."""
+    inside = rearrange(places >= 0, "j n -> j n 1 1")
+    members = _float(tokens, places).masked_fill(~inside, 0)
+    if centered:
+        members = (members - members.sum((0, 1)) / inside.sum()).masked_fill(~inside, 0)
+    count = (places >= 0).sum(1).to(members.dtype)
+    number = rearrange(count.clamp_min(1), "j -> j 1 1")
+    direction = torch.nn.functional.normalize(members, dim=-1)
+    # The mean of all cosines is the square of the mean direction.
+    cosine = (direction.sum(1) / number).square().sum(-1)
+    alike = rearrange(cosine > score.similarity, "j h -> h j")
+    return rearrange(members.sum(1) / number, "j h d -> h j d"), count, alike
 
 
 def _float(tokens: Tensor, places: Tensor) -> Tensor:
     """`tokens` `[tokens, ...]` at `places`, in float32 at least; anything where it is negative."""
     return tokens[places.clamp_min(0)].to(torch.promote_types(tokens.dtype, torch.float32))
-
-
-@lru_cache(maxsize=16)
-def _counts(blocks: BlockIndices, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens of each block of queries and of keys that are not padded, `[batch or 1, 1, blocks]`."""
-    queries, keys = (
-        rearrange((places >= 0).sum(-1), "b j -> b 1 j") for places in _chosen(blocks, None, device)
-    )
-    return queries, keys
 
 
 @lru_cache(maxsize=16)

@@ -76,20 +76,26 @@ struct FindLargest {
   }
 };
 
-struct PoolBlocks {
-  const Side side;
-  const float* center;  // [batch][heads][head_dim], or null
-  float *mean, *cosine;  // [batch][heads][blocks][head_dim], without the last axis
+struct RankMeans {
+  const Side queries, keys;
+  const float similarity;
+  float* weight;
+  uint8_t* forced;
 
   template <class Mode, class Element>
   void run(const Call& call) const {
-    const int64_t items = call.batch * call.heads * side.blocks;
-    share_out<Mode>(call, 0, items, [&](Scratch<Mode>& scratch, int64_t number) {
-      const int64_t head = number / side.blocks % call.heads;
-      const int64_t sample = number / side.blocks / call.heads, own = number / side.blocks;
-      Pool<Mode, Element>(call, scratch, sample, head, side, number % side.blocks,
-                          center ? center + own * call.head_dim : nullptr,
-                          mean + number * call.head_dim, cosine + number);
+    const int64_t pairs = call.batch * call.heads, of_queries = pairs * queries.blocks;
+    auto pool = [&](Scratch<Mode>& scratch, int64_t number) {
+      const Side& side = number < of_queries ? queries : keys;
+      number -= number < of_queries ? 0 : of_queries;
+      const int64_t pair = number / side.blocks;
+      Pool<Mode, Element>(call, scratch, pair / call.heads, pair % call.heads, side,
+                          number % side.blocks);
+    };
+    share_out<Mode>(call, 0, of_queries + pairs * keys.blocks, pool);
+    share_out<Mode>(call, 0, call.heads * queries.blocks, [&](Scratch<Mode>&, int64_t number) {
+      rank(call, queries, keys, similarity, number / queries.blocks, number % queries.blocks,
+           weight, forced);
     });
   }
 };
@@ -158,7 +164,7 @@ extern "C" int dit_sparse_largest(const Call* call, int dtype, const int64_t* ro
   return with_dtype(*call, dtype, FindLargest{samples, own != 0, out});
 }
 
-extern "C" int dit_sparse_pool(const Call* call, int dtype, const Side* side, const float* center,
-                               float* mean, float* cosine) {
-  return with_dtype(*call, dtype, PoolBlocks{*side, center, mean, cosine});
+extern "C" int dit_sparse_means(const Call* call, int dtype, const Side* queries, const Side* keys,
+                                float similarity, float* weight, uint8_t* forced) {
+  return with_dtype(*call, dtype, RankMeans{*queries, *keys, similarity, weight, forced});
 }

@@ -1,4 +1,4 @@
-// Sampled: by how much the tokens that stand for blocks of keys miss the best key of a query.
+// Sampled: how near the keys that stand for a block come to the largest logit of a query.
 #pragma once
 
 #include "row.h"

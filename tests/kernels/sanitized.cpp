@@ -156,15 +156,29 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
           "no memory");
   for (auto x : missed) require(x <= 0, "a largest is no number");
 
-  const Side side{call.key, key_permutation.data(), key_offsets.data(), key_blocks};
   const auto center = operand<float>(batch * heads * head_dim);
-  std::vector<float> mean(batch * heads * key_blocks * head_dim, NAN);
-  std::vector<float> cosine(batch * heads * key_blocks, NAN);
-  require(!dit_sparse_pool(&call, dtype, &side, batch > 1 ? center.data() : nullptr, mean.data(),
-                           cosine.data()),
+  struct Room {
+    std::vector<float> mean, cosine;
+    std::vector<int64_t> count;
+    Room(int64_t blocks, int64_t width)
+        : mean(blocks * width, NAN), cosine(blocks, NAN), count(blocks, -1) {}
+  } of_queries(batch * heads * query_blocks, Side::width(call)),
+      of_keys(batch * heads * key_blocks, Side::width(call));
+  auto side = [&](Room& room, const Operand& tokens, const std::vector<int64_t>& places,
+                  const std::vector<int64_t>& offsets, const float* middle) {
+    return Side{tokens, places.data(), offsets.data(), (int64_t)offsets.size() - 1, middle,
+                room.mean.data(), room.cosine.data(), room.count.data()};
+  };
+  const Side left = side(of_queries, call.query, permutation, query_offsets, nullptr);
+  const Side right = side(of_keys, call.key, key_permutation, key_offsets, center.data());
+  std::vector<float> weight(batch * heads * query_blocks * key_blocks, NAN);
+  std::vector<uint8_t> forced(heads * query_blocks * key_blocks, 7);
+  if (queries != keys) call.hidden = nullptr;
+  require(!dit_sparse_means(&call, dtype, &left, &right, 0.1f, weight.data(), forced.data()),
           "no memory");
-  for (auto x : mean) require(std::isfinite(x), "a mean is missing");
-  for (auto x : cosine) require(x >= 0 && x < 1.001f, "a cosine is missing");
+  for (auto x : of_keys.cosine) require(x >= 0 && x < 1.001f, "a cosine is missing");
+  for (auto x : weight) require(x >= 0 && x <= 1, "a weight is missing");
+  for (auto x : forced) require(x <= 1, "nothing is said of a block");
 }
 
 int main() {

@@ -178,40 +178,6 @@ def test_sampled_shares_are_their_definition(
         torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("score", [Sampled(), Sampled(5), Means(0.02)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cpp_ranks_as_pytorch_does(
-    score: Sampled | Means, dtype: torch.dtype, operands, monkeypatch
-):
-    """More blocks than a thread takes at once, heads and batch of other strides, scores of any
-    sign."""
-    grid = TokenGrid(7, 12, 13, text_after=40, valid_text=(40, 0, 7))
-    query, key, _ = operands(grid.tokens, 3, 40, batch=3, dtype=dtype, spread=2.0)
-    key = key.transpose(1, 2).contiguous().transpose(1, 2)
-    key[:, :24] = key[:, :1]  # blocks whose tokens are alike
-    blocks = block_indices([Full()] * 3, grid, pixel_major(), 16, 24)
-    for scale in (None, -0.2):
-        found = score_blocks(score, query, key, blocks, scale=scale)
-        with monkeypatch.context() as patch:
-            patch.setattr(module.native, "supports", lambda call: "not asked")
-            expected = score_blocks(score, query, key, blocks, scale=scale)
-        torch.testing.assert_close(found.share, expected.share, atol=1e-6, rtol=2e-5)
-        if expected.forced is not None:
-            assert found.forced is not None
-            assert torch.equal(found.forced, expected.forced)
-
-
-def test_cpp_ranks_logits_that_are_far_apart_as_pytorch_does(operands, monkeypatch):
-    """Shares down to the smallest numbers there are, and beyond."""
-    grid = GRIDS[0]
-    query, key, _ = operands(grid.tokens, 2, spread=20.0)
-    found = score_blocks(Sampled(), query, key, cut(grid)).share
-    monkeypatch.setattr(module.native, "supports", lambda call: "not asked")
-    expected = score_blocks(Sampled(), query, key, cut(grid)).share
-    assert expected.amin() < 1e-30
-    torch.testing.assert_close(found, expected, atol=1e-38, rtol=1e-2)
-
-
 def test_AS4_with_all_tokens_sampled_the_score_is_the_maximum_of_the_block(operands):
     grid = TokenGrid(3, 5, 7, text_before=9)
     query, key, _ = operands(grid.tokens, 2, 24, batch=1)
