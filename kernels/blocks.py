@@ -14,7 +14,7 @@ hold those alone.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache
 from weakref import WeakValueDictionary
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.counts import Cut, cuts
 from dit_sparse.kernels.density import Density as Density
+from dit_sparse.kernels.fault import fault_of
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, raster
 from dit_sparse.kernels.pattern import Pattern
@@ -58,6 +59,7 @@ class BlockIndices:
         patterns: one for each head; `None` if the list came from a table of blocks.
         queries, keys: the tokens that query, and key and value, hold; `None` if they hold all.
         handle: a number by which operators of PyTorch name this object; see `by_handle`.
+        sound: a list whose cut is not checked again if this one has the very same.
     """
 
     grid: TokenGrid
@@ -77,57 +79,14 @@ class BlockIndices:
     queries: Shard | None = None
     keys: Shard | None = None
     handle: int = field(init=False)
+    sound: InitVar["BlockIndices | None"] = None
 
-    def __post_init__(self) -> None:
-        reason = self._fault()
+    def __post_init__(self, sound: "BlockIndices | None") -> None:
+        reason = fault_of(self, sound)
         if reason is not None:
             raise ValueError(f"not a list of blocks: {reason}")
         object.__setattr__(self, "handle", next(_handles))
         _live[self.handle] = self
-
-    def _fault(self) -> str | None:
-        """What kernels would trip over: they read these tensors unchecked."""
-        shards = self.queries, self.keys
-        for shard in shards:
-            if shard and (reason := shard.refusal(self.grid)) is not None:
-                return reason
-        rows = self.heads * (len(self.query_offsets) - 1)
-        queries, keys = (self.grid.tokens if s is None else s.count for s in shards)
-        entries = len(self.key_block)
-        place = torch.int32 if self.order is None else torch.int64
-        for name, dtype, length in (
-            ("permutation", place, queries),
-            ("key_permutation", place, keys),
-            ("query_offsets", torch.int64, len(self.query_offsets)),
-            ("key_offsets", torch.int64, len(self.key_offsets)),
-            ("row_pointer", torch.int32, rows + 1),
-            ("key_block", torch.int32, entries),
-            ("tag", torch.int8, entries),
-        ):
-            tensor = getattr(self, name)
-            if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
-                return (
-                    f"{name} must be {dtype} [{length}], got {tensor.dtype} {tuple(tensor.shape)}"
-                )
-        for name in ("permutation", "key_permutation"):
-            tokens = getattr(self, name).sort().values
-            if not torch.equal(tokens, torch.arange(len(tokens), dtype=place)):
-                return f"{name} must hold every token once"
-        for name, last in (
-            ("query_offsets", queries),
-            ("key_offsets", keys),
-            ("row_pointer", entries),
-        ):
-            tensor = getattr(self, name)
-            if tensor[0] != 0 or tensor[-1] != last or (tensor.diff() < 0).any():
-                return f"{name} must rise from 0 to {last}"
-        if entries and not 0 <= self.key_block.min() <= self.key_block.max() < self.key_blocks:
-            return f"key_block must lie in 0..{self.key_blocks - 1}"
-        if entries and not PARTIAL <= self.tag.min() <= self.tag.max() <= MOST_POOLED:
-            return f"tag must lie in {PARTIAL}..{MOST_POOLED}"
-        if self.patterns is None and (self.tag == PARTIAL).any():
-            return "a partial block needs patterns"
-        return None
 
     @property
     def query_blocks(self) -> int:
@@ -188,13 +147,15 @@ class BlockIndices:
 
     def density(self) -> Density:
         """The three densities, exact."""
-        entries = self.row_pointer.diff()
-        rows = torch.arange(len(entries)).repeat_interleave(entries)
-        queries = self.query_offsets.diff()[rows % self.query_blocks]
-        visited = queries * self.key_offsets.diff()[self.key_block]
         total = self.heads * len(self.permutation) * len(self.key_permutation)
+        element = int(self.kept.sum()) / total
+        if self.patterns is None and not self.tag.any():
+            return Density(element, element, element)  # all blocks are whole
+        queries = self.query_offsets.diff().repeat(self.heads)
+        queries = queries.repeat_interleave(self.row_pointer.diff(), output_size=len(self.tag))
+        visited = queries * self.key_offsets.diff()[self.key_block]
         return Density(
-            element=int(self.kept.sum()) / total,
+            element=element,
             block=int(visited.sum()) / total,
             weighted=float((visited / 2.0 ** self.tag.clamp_min(0)).sum()) / total,
         )
@@ -313,15 +274,27 @@ def from_tags(
     return from_cuts(tags, grid, cuts(grid, order, largest, (queries, keys)), largest, order)
 
 
+def relisted(tags: Tensor, blocks: BlockIndices) -> BlockIndices:
+    """As `from_tags`, for all tokens of a grid, cut as they are in another list."""
+    if blocks.sharded:
+        raise ValueError("expected a list of all tokens, got one of a shard; use from_tags")
+    queries = Cut(blocks.permutation, blocks.query_offsets)
+    sides = queries, Cut(blocks.key_permutation, blocks.key_offsets)
+    return from_cuts(
+        tags, blocks.grid, sides, (blocks.block_q, blocks.block_k), blocks.order, blocks
+    )
+
+
 def from_cuts(
     tags: Tensor,
     grid: TokenGrid,
     sides: tuple[Cut, Cut],
     largest: tuple[int, int],
     order: TokenOrder | None = None,
+    sound: BlockIndices | None = None,
 ) -> BlockIndices:
     """As `from_tags`, for queries and keys that are each cut in an order of their own, if it is
-    not `order`, into blocks of at most `largest` tokens."""
+    not `order`, into blocks of at most `largest` tokens; perhaps as those of `sound`."""
     queries, keys = (side.offsets.diff() for side in sides)
     if tags.ndim != 3 or tags.shape[1:] != (len(queries), len(keys)):
         raise ValueError(
@@ -330,11 +303,12 @@ def from_cuts(
         )
     tags = tags.cpu()
     listed = tags != ABSENT
-    wrong = listed & ((tags < WHOLE) | (tags > MOST_POOLED))
+    tag = tags[listed]
+    wrong = (tag < WHOLE) | (tag > MOST_POOLED)
     if tags.dtype != torch.int8 or wrong.any():
         raise ValueError(
             f"tags must be int8, {ABSENT} for absent or 0..{MOST_POOLED}, got {tags.dtype} with "
-            f"{tags[wrong].unique().tolist()[:8]}"
+            f"{tag[wrong].unique().tolist()[:8]}"
         )
     return _assemble(
         grid,
@@ -343,9 +317,10 @@ def from_cuts(
         sides,
         counts=listed.sum(-1).flatten(),
         key_block=listed.nonzero()[:, 2].to(torch.int32),
-        tag=tags[listed],
+        tag=tag,
         kept=(((tags == WHOLE) * queries[:, None]).sum(1) * keys).sum(-1),
         patterns=None,
+        sound=sound,
     )
 
 
@@ -360,6 +335,7 @@ def _assemble(
     tag: Tensor,
     kept: Tensor,
     patterns: tuple[Pattern, ...] | None,
+    sound: BlockIndices | None = None,
 ) -> BlockIndices:
     place = torch.int32 if order is None else torch.int64
     return BlockIndices(
@@ -379,6 +355,7 @@ def _assemble(
         patterns=patterns,
         queries=sides[0].shard,
         keys=sides[1].shard,
+        sound=sound,
     )
 
 

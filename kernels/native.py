@@ -1,8 +1,9 @@
-"""Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use.
+"""Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use, and what blocks are
+ranked by.
 
-Operands are read where they lie, through their strides and the order of tokens; what it needs
-beside them does not grow with the number of tokens, but for the bit masks of patterns that are not
-made of windows. float32 sums throughout.
+Operands are read where they lie, through their strides and the order of tokens; what attention
+needs beside them does not grow with the number of tokens, but for the bit masks of patterns that
+are not made of windows. float32 sums throughout.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +37,21 @@ class _Operand(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("token", ctypes.c_int64),
         ("head", ctypes.c_int64),
+    )
+
+
+class _Side(ctypes.Structure):
+    """`Side` of cpp/pool.h."""
+
+    _fields_ = (
+        ("operand", _Operand),
+        ("permutation", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("center", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
     )
 
 
@@ -120,32 +137,80 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     prepared = _prepared_of(call.blocks)
     if prepared.masks is None and prepared.unwindowed:
         prepared.masks = bit_masks(call.blocks, prepared.unwindowed)
-    asked, _alive = _asked(call, output, lse)
-    if _library().dit_sparse_attend(ctypes.byref(asked), _DTYPES[call.query.dtype]):
-        raise MemoryError(f"no memory for attention of head_dim {head_dim}")
+    _run("attend", call, output, lse)
     return output, lse
 
 
 def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     """What `block_mass` of mass.py says."""
-    blocks, (batch, _, heads, head_dim) = call.blocks, call.query.shape
+    blocks, (batch, _, heads, _) = call.blocks, call.query.shape
     out = torch.zeros((batch, heads, blocks.query_blocks, blocks.key_blocks))
     slots, block, groups = _slots(blocks, rows)
-    asked, _alive = _asked(call, call.query, lse)
-    failed = _library().dit_sparse_mass(
-        ctypes.byref(asked),
-        _DTYPES[call.query.dtype],
-        *(ctypes.c_void_p(x.data_ptr()) for x in (slots, block, groups)),
-        ctypes.c_int64(len(groups) - 1),
-        ctypes.c_int64(blocks.key_blocks),
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    if failed:
-        raise MemoryError(f"no memory for the mass of blocks of head_dim {head_dim}")
+    count = len(groups) - 1
+    _run("mass", call, call.query, lse, slots, block, groups, count, blocks.key_blocks, out)
     return out
 
 
-def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, object]:
+def largest(call: AttentionCall, rows: Tensor, columns: Tensor) -> Tensor:
+    """Of the samples of a block of queries and of a block of keys, the largest logit less the
+    largest that its query has with any sample of a key, in powers of two; of several queries the
+    largest difference. float32 `[batch, heads, query_blocks, key_blocks]`, -inf without samples.
+
+    `rows`, `columns`: raster tokens, int64 `[batch or 1, blocks, samples]`, -1 for none.
+    """
+    blocks, (batch, _, heads, _) = call.blocks, call.query.shape
+    out = torch.empty((batch, heads, blocks.query_blocks, blocks.key_blocks))
+    own, count = int(len(rows) > 1), rows.shape[2]
+    _run("largest", call, call.query, None, rows, columns, count, blocks.key_blocks, own, out)
+    return out
+
+
+def means(call: AttentionCall, center: Tensor, similarity: float) -> tuple[Tensor, Tensor]:
+    """`exp(logit - largest)` of the means of blocks, keys less `center` float32 `[batch, heads,
+    head_dim]`, 0 where a block of keys is not alike: float32 `[batch, heads, query_blocks,
+    key_blocks]`. And the pairs with a block that is not, in any sample: bool without the batch."""
+    blocks, (batch, _, heads, _) = call.blocks, call.query.shape
+    shape = heads, blocks.query_blocks, blocks.key_blocks
+    weight, forced = torch.empty((batch, *shape)), torch.empty(shape, dtype=torch.bool)
+    queries, _query_kept = _side(call.query, blocks.permutation, blocks.query_offsets, None)
+    keys, _key_kept = _side(call.key, blocks.key_permutation, blocks.key_offsets, center)
+    sides = ctypes.byref(queries), ctypes.byref(keys)
+    _run("means", call, call.query, None, *sides, similarity, weight, forced)
+    return weight, forced
+
+
+def _side(
+    tokens: Tensor, permutation: Tensor, offsets: Tensor, center: Tensor | None
+) -> tuple[_Side, object]:
+    """Blocks of `tokens` with room for what is found of them, and what must live until then."""
+    (batch, _, heads, head_dim), blocks = tokens.shape, len(offsets) - 1
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    mean = torch.empty((batch, heads, blocks, -(-head_dim // 16) * 16))
+    cosine = torch.empty((batch, heads, blocks))
+    count = torch.empty((batch, heads, blocks), dtype=torch.int64)
+    kept = tokens, permutation.long(), offsets, center, mean, cosine, count
+    _, places, cuts, middle, *found = (None if x is None else x.data_ptr() for x in kept)
+    return _Side(_operand(tokens), places, cuts, blocks, middle, *found), kept
+
+
+def _run(
+    name: str, call: AttentionCall, output: Tensor, lse: Tensor | None, *arguments: Any
+) -> None:
+    """Call `name` of the library, with tensors as addresses, integers in 64 bits, floats in 32."""
+    asked, _alive = _asked(call, output, lse)
+    kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+    given = (
+        ctypes.c_void_p(x.data_ptr())
+        if isinstance(x, Tensor)
+        else kinds.get(type(x), lambda same: same)(x)
+        for x in arguments
+    )
+    function = getattr(_library(), f"dit_sparse_{name}")
+    if function(ctypes.byref(asked), _DTYPES[call.query.dtype], *given):
+        raise MemoryError(f"no memory for {name} of head_dim {call.query.shape[-1]}")
+
+
+def _asked(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[_Call, object]:
     """The call as the library reads it, and what must live until it is done."""
     blocks = call.blocks
     operands = [
@@ -155,7 +220,6 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     prepared = _prepared_of(blocks)
     masks = prepared.masks
     lists = (
-        lse,
         blocks.permutation.long(),
         blocks.key_permutation.long(),
         blocks.query_offsets,
@@ -167,6 +231,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
     )
     asked = _Call(
         *(_operand(x) for x in (*operands, output)),
+        None if lse is None else lse.data_ptr(),
         *(x.data_ptr() for x in lists),
         ctypes.addressof(prepared.windows),
         None if masks is None else masks.first.data_ptr(),
@@ -183,7 +248,7 @@ def _asked(call: AttentionCall, output: Tensor, lse: Tensor) -> tuple[_Call, obj
         -math.inf if call.pv_skip is None else call.pv_skip,
         _parallel(),
     )
-    return asked, (operands, lists, prepared)
+    return asked, (operands, lists, prepared, lse)
 
 
 def _slots(blocks: BlockIndices, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:

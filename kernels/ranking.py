@@ -19,7 +19,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dit_sparse.kernels import native
 from dit_sparse.kernels.blocks import BlockIndices
+from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.kmeans import Clusters
 from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.sample import sampled
@@ -160,8 +163,13 @@ def _largest(
 ) -> Tensor:
     """The `Sampled` row of the head of this file, before it is divided."""
     size, device, heads = score.samples, query.device, query.shape[2]
+    rows_of_all, columns_of_all = _chosen(blocks, size, device)
+    call = AttentionCall(query, key, key, blocks, scale)
+    if native.supports(call) is None:
+        return native.largest(call, rows_of_all, columns_of_all).exp2_()
     found = []
-    for sample, (rows, columns) in enumerate(_chosen(blocks, len(query), size, device)):
+    for sample in range(len(query)):
+        rows, columns = (x[sample % len(x)] for x in (rows_of_all, columns_of_all))
         keys = rearrange(_float(key[sample], columns), "j n h d -> h d (j n)")
         missing = rearrange(columns < 0, "j n -> (j n)")
         at_once = max(_AT_ONCE // (heads * size * missing.numel()), 1)
@@ -172,18 +180,25 @@ def _largest(
             weight = (best - best.amax(-1, keepdim=True)).exp()
             weight = weight.masked_fill(rearrange(part < 0, "i m -> 1 i m 1"), 0)
             found.append(weight.amax(2))
-    rows_of_all = torch.cat(found, 1).float()
-    return rearrange(rows_of_all, "h (b i) j -> b h i j", b=len(query))
+    return rearrange(torch.cat(found, 1).float(), "h (b i) j -> b h i j", b=len(query))
 
 
 def _of_means(
     score: Means, query: Tensor, key: Tensor, blocks: BlockIndices, scale: float
 ) -> Ranking:
     """The `Means` row of the head of this file, and the blocks whose tokens differ."""
+    call = AttentionCall(query, key, key, blocks, scale)
+    if native.supports(call) is None:
+        weight, forced = native.means(call, _mean(key, blocks.grid), float(score.similarity))
+        return Ranking(_shares(weight), forced)
+    rows, columns = _chosen(blocks, None, query.device)
     shares, forced = [], []
-    for sample, (rows, columns) in enumerate(_chosen(blocks, len(query), None, query.device)):
-        queries, query_count, query_alike = _pooled(query[sample], rows, score, centered=False)
-        keys, key_count, key_alike = _pooled(key[sample], columns, score, centered=True)
+    for sample in range(len(query)):
+        places = rows[sample % len(rows)], columns[sample % len(columns)]
+        queries, query_count, query_alike = _pooled(
+            query[sample], places[0], score, centered=False
+        )
+        keys, key_count, key_alike = _pooled(key[sample], places[1], score, centered=True)
         logits = scale * queries @ keys.mT + rearrange(key_count.log(), "j -> 1 1 j")
         logits = logits.masked_fill(~rearrange(key_alike, "h j -> h 1 j"), -torch.inf)
         top = logits.amax(-1, keepdim=True)
@@ -192,6 +207,14 @@ def _of_means(
         differs = rearrange(~query_alike & (query_count > 0), "h i -> h i 1")
         forced.append(differs | rearrange(~key_alike & (key_count > 0), "h j -> h 1 j"))
     return Ranking(_shares(torch.stack(shares).float()), torch.stack(forced).any(0))
+
+
+def _mean(key: Tensor, grid: TokenGrid) -> Tensor:
+    """Mean of the keys that are not padded, float32 `[batch, heads, head_dim]`."""
+    if grid.valid_text is None:
+        return key.mean(1, dtype=torch.float32)
+    real = rearrange(grid.real(len(key)), "b n -> b n 1 1")
+    return key.masked_fill(~real, 0).sum(1, dtype=torch.float32) / real.sum(1)
 
 
 def _pooled(
@@ -219,10 +242,10 @@ def _float(tokens: Tensor, places: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _chosen(
-    blocks: BlockIndices, batch: int, samples: int | None, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """For each sample, the tokens that stand for every block of queries and of keys: raster
-    tokens int64 `[blocks, tokens]`, -1 for none; all that are not padded if `samples` is None."""
+    blocks: BlockIndices, samples: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The tokens that stand for every block of queries and of keys: raster tokens int64
+    `[batch or 1, blocks, tokens]`, -1 for none; all that are not padded if `samples` is None."""
     sides = []
     for offsets, tokens in (
         (blocks.query_offsets, blocks.permutation),
@@ -230,17 +253,16 @@ def _chosen(
     ):
         first, sizes = offsets[:-1], offsets.diff()
         real = real_tokens(blocks.grid, tokens, Tiling(first, sizes, torch.arange(len(first))))
-        sides.append([_places(first, count, samples, tokens) for count in real])
-    rows, columns = (
-        [places.to(device) for places in side] * (batch if len(side) == 1 else 1) for side in sides
-    )
-    return list(zip(rows, columns, strict=True))
+        most = max(int(real.max()), 1)
+        places = [_places(first, count, samples, most) for count in real]
+        place = torch.stack(places)
+        sides.append(tokens[place.clamp_min(0)].where(place >= 0, -1).to(device))
+    rows, columns = sides
+    return rows, columns
 
 
-def _places(first: Tensor, count: Tensor, samples: int | None, permutation: Tensor) -> Tensor:
-    if samples is None:
-        within = torch.arange(max(int(count.max()), 1))
-        place = (first[:, None] + within).where(within < count[:, None], -1)
-    else:
-        place = sampled(first, count, samples)
-    return permutation[place.clamp_min(0)].where(place >= 0, -1)
+def _places(first: Tensor, count: Tensor, samples: int | None, most: int) -> Tensor:
+    if samples is not None:
+        return sampled(first, count, samples)
+    within = torch.arange(most)
+    return (first[:, None] + within).where(within < count[:, None], -1)

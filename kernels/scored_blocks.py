@@ -11,7 +11,7 @@ from functools import lru_cache
 from einops import rearrange
 from torch import Tensor
 
-from dit_sparse.kernels.blocks import ABSENT, BlockIndices, block_indices, from_tags
+from dit_sparse.kernels.blocks import ABSENT, BlockIndices, block_indices, relisted
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder
 from dit_sparse.kernels.pattern import Skip
@@ -63,4 +63,4 @@ def scored_blocks(
     tags = select_blocks(pattern.select, ranking, geometry)
     if pooled:
         tags = tags.masked_fill(tags == ABSENT, pooled)
-    return from_tags(tags, geometry.grid, pattern.order, geometry.block_q, geometry.block_k)
+    return relisted(tags, geometry)

@@ -8,6 +8,7 @@ Nothing is read back from the device.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -29,7 +30,7 @@ def select_blocks(select: Select, ranking: Ranking, blocks: BlockIndices) -> Ten
             f"a ranking must be [heads, {expected[0]}, {expected[1]}] for grid {blocks.grid} in "
             f"blocks of {blocks.block_q} x {blocks.block_k}, got {tuple(share.shape)}"
         )
-    rows, columns = _video(blocks, blocks.query_offsets), _video(blocks, blocks.key_offsets)
+    rows, columns = _video(blocks)
     tags = torch.full_like(share, WHOLE, dtype=torch.int8)
     first = key_blocks_of_frames(blocks, 1)[columns] if isinstance(select, Grouped) else None
     tags[:, rows, columns] = _video_tags(select, share[:, rows, columns], first)
@@ -66,75 +67,89 @@ def _video_tags(select: Select, share: Tensor, first: Tensor | None) -> Tensor:
     """Tags of the rows and columns of video, whose shares are `[heads, rows, columns]`; `first`,
     bool `[columns]`, are those of the first frame, if columns have frames."""
     number = share.shape[-1]
+    if isinstance(select, Grouped):
+        if first is None:
+            raise ValueError(f"{select} asks for frames, which clusters have not; use top_row")
+        tags = torch.empty_like(share, dtype=torch.int8)
+        for group in (first.nonzero()[:, 0], (~first).nonzero()[:, 0]):
+            if len(group):
+                members = group.to(share.device)
+                tags[..., members] = _video_tags(TopRow(select.density), share[..., members], None)
+        return tags
+    if isinstance(select, TopHead):
+        return _tagged(_of_head(select.density, share))
+    ordered, order = torch.sort(share, dim=-1, descending=True, stable=True)
+    place = torch.arange(number, device=share.device)
     match select:
         case TopRow():
-            kept = _places(share) < _count(select.density, number)
-        case TopHead():
-            kept = _of_head(select.density, share)
+            tags = _tagged(place < _count(select.density, number)).expand_as(order)
         case Cumulative():
             least = max(math.ceil(select.floor * number - 1e-9), 1)
             most = max(math.floor(select.cap * number + 1e-9), 1)
-            place = _places(share)
-            reached = _before(share, select.mass, select.crossing)
-            kept = (reached | (place < least)) & (place < most)
+            [reached] = _before(ordered, place, (select.mass,), select.crossing)
+            tags = _tagged((reached | (place < least)) & (place < most))
         case Tiers():
-            place = _places(share)
+            dropped = (place >= _count(select.density, number)).expand_as(order)
             attention = share.sum((1, 2))
-            kept_at_density = share.masked_fill(place >= _count(select.density, number), 0)
+            kept_at_density = share.masked_fill(_unsorted(dropped, order), 0)
             recall = kept_at_density.sum((1, 2)) / attention.where(attention > 0, 1)
             count = (tier_densities(select, recall) * number).round().clamp_min(1)
-            kept = place < rearrange(count, "h -> h 1 1")
-        case Grouped():
-            if first is None:
-                raise ValueError(f"{select} asks for frames, which clusters have not; use top_row")
-            kept = torch.zeros_like(share, dtype=torch.bool)
-            for group in (first.nonzero()[:, 0], (~first).nonzero()[:, 0]):
-                if len(group):
-                    members = group.to(share.device)
-                    chosen = _places(share[..., members]) < _count(select.density, len(group))
-                    kept[..., members] = chosen
+            tags = _tagged(place < rearrange(count, "h -> h 1 1")).expand_as(order)
         case Bands():
-            return _levels(select, share)
-    return torch.where(kept, WHOLE, ABSENT).to(torch.int8)
+            tags = _levels(select, ordered, place)
+    return _unsorted(tags, order)
 
 
-def _levels(select: Bands, share: Tensor) -> Tensor:
+def _levels(select: Bands, ordered: Tensor, place: Tensor) -> Tensor:
     """Finer levels overwrite coarser ones; something of every row is visited."""
-    place, number = _places(share), share.shape[-1]
-    tags = torch.where(place == 0, 3, ABSENT).to(torch.int8)
+    number = len(place)
+    if select.by == "rank":
+        inside = [place < round(bound * number) for bound in select.bounds]
+    else:
+        least = place < math.ceil(select.least * number - 1e-9)
+        inside = [reached | least for reached in _before(ordered, place, select.bounds)]
+    tags = torch.where(place == 0, 3, ABSENT).to(torch.int8).expand_as(ordered)
     for level in (3, 2, 1, 0):
-        bound = select.bounds[level]
-        if select.by == "rank":
-            inside = place < round(bound * number)
-        else:
-            least = math.ceil(select.least * number - 1e-9)
-            inside = _before(share, bound) | (place < least)
-        tags = tags.masked_fill(inside, level)
+        tags = tags.masked_fill(inside[level], level)
     return tags
 
 
 def _of_head(density: float, share: Tensor) -> Tensor:
     _, rows, columns = share.shape
     count = max(round(density * rows * columns), rows)
+    best = torch.sort(share, dim=-1, descending=True, stable=True).indices[..., :1]
     # The best of every row before all others; shares are at most 1.
-    urgent = share + 2.0 * (_places(share) == 0)
+    urgent = share.scatter_add(-1, best, torch.full_like(best, 2, dtype=share.dtype))
     place = _places(rearrange(urgent, "h i j -> h (i j)"))
     return rearrange(place < count, "h (i j) -> h i j", i=rows)
 
 
-def _before(share: Tensor, mass: float, crossing: bool = True) -> Tensor:
-    """Whether the blocks sorted before this one hold less than `mass` of the attention of the row,
-    so that the one which reaches it is in; without `crossing` whether they do together with this
-    one. All of it is reached by the last block only, and rows without attention keep all."""
-    if mass == 1:
-        return _places(share) < share.shape[-1] - (not crossing)
-    order = torch.sort(share, dim=-1, descending=True, stable=True).indices
-    ordered = share.double().gather(-1, order)
-    total = ordered.sum(-1, keepdim=True)
+def _before(
+    ordered: Tensor, place: Tensor, masses: Sequence[float], crossing: bool = True
+) -> list[Tensor]:
+    """For each of `masses`, whether the blocks sorted before this one hold less of the attention
+    of the row, so that the one which reaches it is in; without `crossing` whether they do together
+    with this one. All of it is reached by the last block only, and rows without attention keep
+    all."""
+    exact = ordered.double()
+    total = exact.sum(-1, keepdim=True)
+    held = exact.cumsum(-1) - (exact if crossing else 0)
     # Shares are float32: what is short of the mass by their rounding has reached it.
-    held = ordered.cumsum(-1) - (ordered if crossing else 0)
-    short = held < (mass - 1e-7) * total
-    return torch.zeros_like(short).scatter(-1, order, short | (total == 0))
+    return [
+        (place < len(place) - (not crossing)).expand_as(held)
+        if mass == 1
+        else (held < (mass - 1e-7) * total) | (total == 0)
+        for mass in masses
+    ]
+
+
+def _tagged(kept: Tensor) -> Tensor:
+    return torch.where(kept, WHOLE, ABSENT).to(torch.int8)
+
+
+def _unsorted(entries: Tensor, order: Tensor) -> Tensor:
+    """What belongs to each place of the sorted rows, where it was before it was sorted."""
+    return torch.empty_like(order, dtype=entries.dtype).scatter_(-1, order, entries)
 
 
 def _places(share: Tensor) -> Tensor:
@@ -146,8 +161,13 @@ def _count(density: float, number: int) -> int:
     return max(round(density * number), 1)
 
 
-def _video(blocks: BlockIndices, offsets: Tensor) -> slice:
-    """The blocks of video, which stand between those of text."""
+@lru_cache(maxsize=16)
+def _video(blocks: BlockIndices) -> tuple[slice, slice]:
+    """The blocks of queries and of keys of video, which stand between those of text."""
     start = blocks.grid.text_before
-    edges = torch.searchsorted(offsets, torch.tensor([start, start + blocks.grid.video]))
-    return slice(*edges.tolist())
+    edges = torch.tensor([start, start + blocks.grid.video])
+    rows, columns = (
+        slice(*torch.searchsorted(offsets, edges).tolist())
+        for offsets in (blocks.query_offsets, blocks.key_offsets)
+    )
+    return rows, columns

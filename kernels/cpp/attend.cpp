@@ -1,10 +1,12 @@
-// Attend: all rows of a call, on all threads; and the mass of blocks. Never with -ffast-math, which
-// would undo `exp2`.
+// Attend: all rows of a call, on all threads; and what blocks are ranked by. Never with -ffast-math,
+// which would undo `exp2`.
 
 #include <atomic>
 #include <thread>
 
 #include "mass.h"
+#include "pool.h"
+#include "sampled.h"
 
 template <class Work>
 static void on_threads(const Call& call, Work& work) {
@@ -17,12 +19,13 @@ static void on_threads(const Call& call, Work& work) {
   for (auto& thread : others) thread.join();
 }
 
-// Let all threads take items 0, 1, ... until none is left.
+// Let all threads take items 0, 1, ... until none is left. Scratches hold `more` words beside.
 template <class Mode, class Item>
-static void share_out(const Call& call, int64_t block_q, int64_t items, const Item& item) {
+static void share_out(const Call& call, int64_t block_q, int64_t items, const Item& item,
+                      int64_t more = 0) {
   std::vector<std::unique_ptr<Scratch<Mode>>> scratches;
   for (int64_t i = 0; i < call.threads; i++)
-    scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q));
+    scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q, more));
   std::atomic<int64_t> next{0}, thread{0};
   auto work = [&] {
     [[maybe_unused]] const typename Mode::Session session;
@@ -46,6 +49,57 @@ struct Attend {
   }
 };
 
+constexpr int64_t TILES = 4;  // of queries, that share a copy of the keys
+
+struct FindLargest {
+  const Samples samples;
+  const bool each;  // whether every sample of the batch has `samples` of its own
+  float* out;       // [batch][heads][query_blocks][key_blocks]
+
+  template <class Mode, class Element>
+  void run(const Call& call) const {
+    const int64_t step = TILES * TILE / samples.lanes();
+    const int64_t groups = (samples.query_blocks + step - 1) / step;
+    const int64_t pairs = samples.query_blocks * samples.key_blocks;
+    auto item = [&](Scratch<Mode>& scratch, int64_t number) {
+      const int64_t head = number / groups % call.heads, sample = number / groups / call.heads;
+      Samples own = samples;
+      if (each) {
+        own.rows += sample * samples.query_blocks * samples.each;
+        own.columns += sample * samples.key_blocks * samples.each;
+      }
+      Sampled<Mode, Element>(call, scratch, sample, head, own, number % groups * step,
+                             out + (sample * call.heads + head) * pairs);
+    };
+    share_out<Mode>(call, TILES * TILE, call.batch * call.heads * groups, item,
+                    TILES * TILE * samples.key_blocks);
+  }
+};
+
+struct RankMeans {
+  const Side queries, keys;
+  const float similarity;
+  float* weight;
+  uint8_t* forced;
+
+  template <class Mode, class Element>
+  void run(const Call& call) const {
+    const int64_t pairs = call.batch * call.heads, of_queries = pairs * queries.blocks;
+    auto pool = [&](Scratch<Mode>& scratch, int64_t number) {
+      const Side& side = number < of_queries ? queries : keys;
+      number -= number < of_queries ? 0 : of_queries;
+      const int64_t pair = number / side.blocks;
+      Pool<Mode, Element>(call, scratch, pair / call.heads, pair % call.heads, side,
+                          number % side.blocks);
+    };
+    share_out<Mode>(call, 0, of_queries + pairs * keys.blocks, pool);
+    share_out<Mode>(call, 0, call.heads * queries.blocks, [&](Scratch<Mode>&, int64_t number) {
+      rank(call, queries, keys, similarity, number / queries.blocks, number % queries.blocks,
+           weight, forced);
+    });
+  }
+};
+
 // Tiles of slots come in groups that share no query block, so that no two items add to one place.
 struct AddMass {
   const int64_t *slots, *block;  // [tiles][TILE]
@@ -55,12 +109,15 @@ struct AddMass {
 
   template <class Mode, class Element>
   void run(const Call& call) const {
-    const int64_t each = call.query_blocks * key_blocks, items = call.batch * call.heads * groups;
-    share_out<Mode>(call, TILE, items, [&](Scratch<Mode>& scratch, int64_t number) {
-      const int64_t own = number % groups, head = number / groups % call.heads;
-      const int64_t sample = number / groups / call.heads;
-      for (int64_t tile = group[own]; tile < group[own + 1]; tile++)
+    const int64_t each = call.query_blocks * key_blocks, parts = (groups + TILES - 1) / TILES;
+    const int64_t items = call.batch * call.heads * parts;
+    share_out<Mode>(call, TILES * TILE, items, [&](Scratch<Mode>& scratch, int64_t number) {
+      const int64_t first = number % parts * TILES, head = number / parts % call.heads;
+      const int64_t sample = number / parts / call.heads;
+      const int64_t end = group[std::min(first + TILES, groups)];
+      for (int64_t tile = group[first]; tile < end; tile += TILES)
         Mass<Mode, Element>(call, scratch, sample, head, slots + tile * TILE, block + tile * TILE,
+                            (int)std::min(TILES, end - tile),
                             out + (sample * call.heads + head) * each, key_blocks);
     });
   }
@@ -98,4 +155,16 @@ extern "C" int dit_sparse_mass(const Call* call, int dtype, const int64_t* slots
                                const int64_t* block, const int64_t* group, int64_t groups,
                                int64_t key_blocks, float* out) {
   return with_dtype(*call, dtype, AddMass{slots, block, group, groups, key_blocks, out});
+}
+
+extern "C" int dit_sparse_largest(const Call* call, int dtype, const int64_t* rows,
+                                  const int64_t* columns, int64_t each, int64_t key_blocks,
+                                  int64_t own, float* out) {
+  const Samples samples{rows, columns, each, call->query_blocks, key_blocks};
+  return with_dtype(*call, dtype, FindLargest{samples, own != 0, out});
+}
+
+extern "C" int dit_sparse_means(const Call* call, int dtype, const Side* queries, const Side* keys,
+                                float similarity, float* weight, uint8_t* forced) {
+  return with_dtype(*call, dtype, RankMeans{*queries, *keys, similarity, weight, forced});
 }

@@ -52,14 +52,16 @@ struct Scratch {
   int64_t positions[STEP];
   const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
   float bias[STEP];
+  float* found;                 // `more` words, in multiples of TILE
   std::vector<std::unique_ptr<Tile>> tiles;
 
-  Scratch(int head_dim, int64_t block_q)
+  Scratch(int head_dim, int64_t block_q, int64_t more = 0)
       : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
         width(padded(head_dim, Mode::PAD)),
         tiles((block_q + TILE - 1) / TILE) {
     const size_t words = (size_t)STEP * (depth + 3 * width) + 2 * STEP * TILE +
-                         (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size();
+                         (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
+                         (size_t)more;
     memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
     if (!memory) throw std::bad_alloc();
     memset(memory.get(), 0, words * sizeof(float));
@@ -71,6 +73,7 @@ struct Scratch {
     scores = take(STEP * TILE);
     weights = take(STEP * TILE);
     rows = take((size_t)TILE * width);
+    found = take((size_t)more);
     for (auto& tile : tiles) {
       tile.reset(new Tile);
       tile->queries = take((size_t)depth * TILE);

@@ -20,6 +20,11 @@ typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE Vector load(const float* from) { return *(const Vector*)from; }
+INLINE Vector load_anywhere(const float* from) {
+  Vector x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
 INLINE void store(float* to, Vector x) { *(Vector*)to = x; }
 INLINE Vector all(float x) { return x - (Vector){}; }
 INLINE Vector where(Bits mask, Vector yes, Vector no) {
@@ -34,6 +39,15 @@ INLINE Vector larger(Vector a, Vector b) {
 #else
   return a > b ? a : b;
 #endif
+}
+
+INLINE float total(Vector x) {
+  for (int half = LANES / 2; half; half /= 2) {
+    Bits other;
+    for (int i = 0; i < LANES; i++) other[i] = i ^ half;
+    x += __builtin_shuffle(x, other);
+  }
+  return x[0];
 }
 
 // All bits of a lane from one bit of `word` each, lowest first.

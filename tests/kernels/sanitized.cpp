@@ -128,14 +128,57 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   for (auto x : lse) require(!std::isnan(x), "a sum is missing");
 
   const int64_t tiles = (queries + TILE - 1) / TILE;
-  std::vector<int64_t> slots(tiles * TILE, -1), block(tiles * TILE, -1), group{0, tiles};
-  for (int64_t i = 0; i < queries; i++)
-    if (below(6)) slots[i] = permutation[i], block[i] = below(query_blocks);
+  std::vector<int64_t> slots(tiles * TILE, -1), block(tiles * TILE, -1), group;
+  for (int64_t i = 0, own = 0; i < queries; i++) {
+    own = std::min(query_blocks - 1, own + (below(8) == 0));
+    if (below(6)) slots[i] = permutation[i], block[i] = own;
+  }
+  // One group, or one for each tile if all have the same block.
+  for (int64_t i = 0; i <= tiles; i += heads > 2 ? tiles : 1) group.push_back(i);
   std::vector<float> mass(batch * heads * query_blocks * key_blocks);
-  require(!dit_sparse_mass(&call, dtype, slots.data(), block.data(), group.data(), 1, key_blocks,
-                           mass.data()),
+  if (heads <= 2) call.threads = 1;
+  require(!dit_sparse_mass(&call, dtype, slots.data(), block.data(), group.data(),
+                           group.size() - 1, key_blocks, mass.data()),
           "no memory");
   for (auto x : mass) require(x >= 0, "a mass is no number");
+  call.threads = threads;
+
+  const int64_t each = 1 + below(64), own = batch > 1 && below(2);
+  std::vector<int64_t> rows((own ? batch : 1) * query_blocks * each, -1);
+  std::vector<int64_t> columns((own ? batch : 1) * key_blocks * each, -1);
+  for (size_t i = 0; i < rows.size(); i++)
+    if (below(4)) rows[i] = below(queries);
+  for (size_t i = 0; i < columns.size(); i++)
+    if (i % (key_blocks * each) == 0 || below(4)) columns[i] = below(keys);
+  std::vector<float> missed(batch * heads * query_blocks * key_blocks, NAN);
+  require(!dit_sparse_largest(&call, dtype, rows.data(), columns.data(), each, key_blocks, own,
+                              missed.data()),
+          "no memory");
+  for (auto x : missed) require(x <= 0, "a largest is no number");
+
+  const auto center = operand<float>(batch * heads * head_dim);
+  struct Room {
+    std::vector<float> mean, cosine;
+    std::vector<int64_t> count;
+    Room(int64_t blocks, int64_t width)
+        : mean(blocks * width, NAN), cosine(blocks, NAN), count(blocks, -1) {}
+  } of_queries(batch * heads * query_blocks, Side::width(call)),
+      of_keys(batch * heads * key_blocks, Side::width(call));
+  auto side = [&](Room& room, const Operand& tokens, const std::vector<int64_t>& places,
+                  const std::vector<int64_t>& offsets, const float* middle) {
+    return Side{tokens, places.data(), offsets.data(), (int64_t)offsets.size() - 1, middle,
+                room.mean.data(), room.cosine.data(), room.count.data()};
+  };
+  const Side left = side(of_queries, call.query, permutation, query_offsets, nullptr);
+  const Side right = side(of_keys, call.key, key_permutation, key_offsets, center.data());
+  std::vector<float> weight(batch * heads * query_blocks * key_blocks, NAN);
+  std::vector<uint8_t> forced(heads * query_blocks * key_blocks, 7);
+  if (queries != keys) call.hidden = nullptr;
+  require(!dit_sparse_means(&call, dtype, &left, &right, 0.1f, weight.data(), forced.data()),
+          "no memory");
+  for (auto x : of_keys.cosine) require(x >= 0 && x < 1.001f, "a cosine is missing");
+  for (auto x : weight) require(x >= 0 && x <= 1, "a weight is missing");
+  for (auto x : forced) require(x <= 1, "nothing is said of a block");
 }
 
 int main() {

@@ -1,5 +1,5 @@
 import re
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from dit_sparse.kernels.blocks import (
     from_block_mask,
     from_cuts,
     from_tags,
+    relisted,
 )
 from dit_sparse.kernels.counts import Cut
 from dit_sparse.kernels.grid import TokenGrid
@@ -32,6 +33,7 @@ from dit_sparse.kernels.pattern import (
     Sink,
     Skip,
 )
+from dit_sparse.kernels.shard import Shard
 
 PATTERNS: list[Pattern] = [
     Full(),
@@ -260,3 +262,42 @@ def test_lists_that_kernels_would_trip_over_are_refused(change: dict[str, Any], 
     blocks = from_block_mask(mask, GRIDS[0], None, 16, 16)
     with pytest.raises(ValueError, match=re.escape(f"not a list of blocks: {message}")):
         replace(blocks, **change)
+    # Nor are they by another list's being sound, unless that is what it says of itself.
+    with pytest.raises(ValueError, match=re.escape(f"not a list of blocks: {message}")):
+        replace(blocks, **change, sound=blocks)
+
+
+@pytest.mark.parametrize("order", [raster(), tile(2, 3, 4)], ids=str)
+def test_a_list_that_is_cut_as_another_is_the_one_from_the_table(order: TokenOrder):
+    grid = TokenGrid(3, 5, 6, text_after=9, valid_text=(9, 2))
+    blocks = block_indices([Skip()] * 2, grid, order, 15, 20)
+    shape = 3, blocks.query_blocks, blocks.key_blocks
+    tags = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0))
+    tags = torch.where(tags < WHOLE, ABSENT, tags).to(torch.int8)
+    tags[1, 2] = ABSENT
+    found, expected = relisted(tags, blocks), from_tags(tags, grid, order, 15, 20)
+    assert found.permutation is blocks.permutation
+    for one in fields(BlockIndices):
+        if one.name != "handle":
+            left, right = getattr(found, one.name), getattr(expected, one.name)
+            assert torch.equal(left, right) if torch.is_tensor(left) else left == right
+    assert found.density() == expected.density()
+
+
+def test_a_list_of_a_shard_is_no_cut_for_all_tokens():
+    blocks = block_indices([Full()], GRIDS[0], queries=Shard(((0, 40),)))
+    with pytest.raises(ValueError, match="expected a list of all tokens, got one of a shard"):
+        relisted(torch.zeros(1, 1, 1, dtype=torch.int8), blocks)
+
+
+@pytest.mark.parametrize("pooled", [0, 2])
+def test_densities_of_a_table_count_its_blocks(pooled: int):
+    grid, order = TokenGrid(3, 5, 6, text_after=9), tile(2, 3, 4)
+    cut = block_indices([Skip()], grid, order, 15, 20)
+    shape = 2, cut.query_blocks, cut.key_blocks
+    whole = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    tags = torch.where(whole, WHOLE, pooled or ABSENT).to(torch.int8)
+    area = cut.query_offsets.diff()[:, None] * cut.key_offsets.diff() / grid.tokens**2
+    kept, rest = (float((area * x).sum()) / 2 for x in (whole, ~whole))
+    expected = (kept, 1.0, kept + rest / 4) if pooled else (kept, kept, kept)
+    assert astuple(relisted(tags, cut).density()) == pytest.approx(expected)

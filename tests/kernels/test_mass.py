@@ -9,7 +9,7 @@ from dit_sparse.kernels import native
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.mass import block_mass
-from dit_sparse.kernels.order import tile
+from dit_sparse.kernels.order import TokenOrder, raster, tile
 from dit_sparse.kernels.pattern import Full
 from dit_sparse.kernels.sample import sampled_rows
 
@@ -47,18 +47,23 @@ def expected_mass(weights: Tensor, blocks: BlockIndices, rows: int | None) -> Te
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-4), (torch.bfloat16, 4e-4)])
 @pytest.mark.parametrize("rows", [None, 1, 5, 16, 64])
-@pytest.mark.parametrize("sizes", [(16, 40), (130, 24)])
+@pytest.mark.parametrize(
+    ("order", "sizes"),
+    [(tile(2, 3, 4), (16, 40)), (tile(2, 3, 4), (130, 24)), (raster(), (130, 70))],
+    ids=["tiles", "large", "raster"],
+)
 def test_AD1_mass_is_exact(
     means: str,
     dtype: torch.dtype,
     bound: float,
     rows: int | None,
+    order: TokenOrder,
     sizes: tuple[int, int],
     operands,
 ):
     query, key, _ = operands(GRID.tokens, 2, 40, dtype=dtype)
     weights, lse = shares(query, key)
-    blocks = block_indices([Full()] * 2, GRID, tile(2, 3, 4), *sizes)
+    blocks = block_indices([Full()] * 2, GRID, order, *sizes)
     mass = block_mass(query, key, lse.float(), blocks, rows=rows)
     expected = expected_mass(weights, blocks, rows)
     assert mass.dtype == torch.float32

@@ -14,7 +14,10 @@ from dit_sparse.kernels import compiler, native
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import block_indices, from_block_mask
 from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.order import pixel_major
 from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Radial, Sink, Skip
+from dit_sparse.kernels.ranking import Ranking, score_blocks
+from dit_sparse.kernels.score import Mass, Means, Sampled
 
 GRID = TokenGrid(3, 7, 11, text_after=9, valid_text=(4, 9))
 PATTERNS = [
@@ -260,3 +263,49 @@ def test_two_processes_may_compile_at_once(tmp_path: Path):
     shown = [process.communicate()[0] for process in started]
     assert all("<CDLL" in text for text in shown), shown
     assert len(list((tmp_path / "dit_sparse").iterdir())) == 1
+
+
+def ranked(monkeypatch: pytest.MonkeyPatch, *arguments, **options) -> tuple[Ranking, Ranking]:
+    """By C++, and by PyTorch as `ranking.py` defines it."""
+    found = score_blocks(*arguments, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "supports", lambda call: "not asked")
+        return found, score_blocks(*arguments, **options)
+
+
+@pytest.mark.parametrize("flags", SETS, ids=lambda flags: flags[-1] if flags else "baseline")
+@pytest.mark.parametrize("score", [Sampled(), Sampled(5), Means(0.02), Mass(None)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_are_ranked_as_pytorch_does(
+    flags: tuple[str, ...], score: Sampled | Means | Mass, dtype: torch.dtype, operands,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """More blocks than a thread takes at once, strides of all kinds, samples of different text,
+    scores of any sign."""
+    monkeypatch.setattr(native, "instruction_sets", lambda: flags)
+    grid = TokenGrid(7, 12, 13, text_after=40, valid_text=(40, 0, 7))
+    query, key, _ = operands(grid.tokens, 3, 40, batch=3, dtype=dtype, spread=2.0)
+    key = key.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+    key[:, :600:13] = key[:, :1]
+    blocks = block_indices([Full()] * 3, grid, pixel_major(), 16, 24)
+    for scale in (None, -0.2):
+        factor = 40**-0.5 if scale is None else scale
+        logits = factor * query.float().transpose(1, 2) @ key.float().permute(0, 2, 3, 1)
+        hidden = ~grid.real(3)[:, None, None]
+        lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
+        found, expected = ranked(monkeypatch, score, query, key, blocks, scale=scale, lse=lse)
+        rough = 1e-3 if isinstance(score, Mass) else 2e-5
+        torch.testing.assert_close(found.share, expected.share, atol=1e-6, rtol=rough)
+        assert (found.forced is None) == (expected.forced is None)
+        if found.forced is not None and expected.forced is not None:
+            assert torch.equal(found.forced, expected.forced)
+            assert 0 < found.forced.float().mean() < 1
+
+
+def test_logits_that_are_far_apart_are_ranked_as_pytorch_does(operands, monkeypatch):
+    """Shares down to the smallest numbers there are, and beyond."""
+    query, key, _ = operands(GRID.tokens, 2, spread=20.0)
+    blocks = block_indices([Full()] * 2, GRID, None, 16, 24)
+    found, expected = ranked(monkeypatch, Sampled(), query, key, blocks)
+    assert expected.share[expected.share > 0].amin() < 1e-30
+    torch.testing.assert_close(found.share, expected.share, atol=1e-37, rtol=1e-2)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels import native
 from dit_sparse.kernels import ranking as module
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
+from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import TokenOrder, gilbert, pixel_major, raster, tile
 from dit_sparse.kernels.pattern import Full
@@ -148,17 +150,30 @@ def test_SD1_mean_of_the_attention_map_is_mass_by_the_size_of_blocks(operands):
     torch.testing.assert_close(found.share, pooled.float() * 32, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("samples", [1, 5, 16])
+@pytest.fixture(params=["native", "plain"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """What operands are made of, to be ranked by the one means or the other."""
+    if request.param == "plain":
+        return torch.float64
+    grid = TokenGrid(1, 1, 1)
+    tokens = torch.zeros(1, 1, 1, 1)
+    reason = native.supports(AttentionCall(tokens, tokens, tokens, cut(grid), 1.0))
+    if reason is not None:
+        pytest.skip(reason)
+    return torch.float32
+
+
+@pytest.mark.parametrize("samples", [1, 5, 16, 40])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("spread", [0.1, 4.0])
 def test_sampled_shares_are_their_definition(
-    grid: TokenGrid, samples: int, spread: float, operands, monkeypatch
+    grid: TokenGrid, samples: int, spread: float, dtype: torch.dtype, operands, monkeypatch
 ):
     query, key, _ = operands(grid.tokens, 2, 33, spread=spread**0.5)
     monkeypatch.setattr(module, "_AT_ONCE", 2 * samples**2 * 9 * 3)  # some rows at a time
     for order in ORDERS:
         blocks = cut(grid, order)
-        found = score_blocks(Sampled(samples), query.double(), key.double(), blocks).share
+        found = score_blocks(Sampled(samples), query.to(dtype), key.to(dtype), blocks).share
         expected = expected_largest(samples, logits_of(query, key, grid), blocks)
         torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-5)
 
@@ -178,11 +193,13 @@ def test_AS4_with_all_tokens_sampled_the_score_is_the_maximum_of_the_block(opera
 
 @pytest.mark.parametrize("similarity", [-1.0, 0.02, 0.1])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_means_are_their_definition(grid: TokenGrid, similarity: float, operands):
+def test_means_are_their_definition(
+    grid: TokenGrid, similarity: float, dtype: torch.dtype, operands
+):
     query, key, _ = operands(grid.tokens, 2, 7)
     key = key + 3.0  # which must not make blocks of keys alike
     blocks = cut(grid)
-    found = score_blocks(Means(similarity), query.double(), key.double(), blocks)
+    found = score_blocks(Means(similarity), query.to(dtype), key.to(dtype), blocks)
     share, forced = expected_means(similarity, query, key, blocks)
     torch.testing.assert_close(found.share, share.float(), atol=1e-6, rtol=1e-5)
     assert found.forced is not None
