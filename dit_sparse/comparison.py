@@ -203,6 +203,44 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
     return path
 
 
+def read_comparison(path: Path) -> Comparison:
+    """What `write_comparison` wrote.
+
+    Raises:
+        ValueError: the file is no comparison of this version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
+            raise ValueError(f"expected format {FORMAT}, version {VERSION}")
+        return Comparison(
+            **content
+            | {
+                "settings": Settings(**content["settings"]),
+                "prompts": tuple(Prompt(**prompt) for prompt in content["prompts"]),
+                "dense": _with_spreads(DenseResult, content["dense"]),
+                "plans": tuple(_with_spreads(PlanResult, row) for row in content["plans"]),
+            }
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no comparison: {error}; remove it and compare again"
+        ) from error
+
+
+def _with_spreads(kind: type[Any], content: dict[str, Any]) -> Any:
+    """A dense or a plan's result whose spreads, summaries and runs are JSON objects."""
+    inner: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in ("seconds", "speedup", "attention_seconds"):
+            inner[name] = Spread(**value)
+        elif name in ("psnr_rgb", "ssim"):
+            inner[name] = Summary(**value)
+        elif name == "runs":
+            inner[name] = tuple(Pair(**run) for run in value)
+    return kind(**content | inner)
+
+
 def write_videos(folder: Path, samples: dict[str, Sample]) -> tuple[Path, ...]:
     """Write each sample of one prompt as `<name>.mp4`, and all of them as `side-by-side.mp4`."""
     dense = samples[DENSE].seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import search_study
 
 import cache_study
@@ -9,8 +11,10 @@ from dit_sparse.comparison import Comparison, PlanResult
 from dit_sparse.pipelines.plan import Plan
 
 
-def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
+def presets_table(results: Sequence[Comparison], reasons: dict[str, str]) -> str:
     """What the presets compute, keep and lose, as a Markdown table; the best first."""
+    plans = [plan for result in results for plan in result.plans]
+    conditions = dict.fromkeys(map(_conditions, results))
     lines = [
         "| plan | element | block | weighted | FLOPs | cache MB | PSNR dB | SSIM | search "
         "| rest |",
@@ -20,12 +24,12 @@ def presets_table(result: Comparison, reasons: dict[str, str]) -> str:
             + " | ".join(f"{plan.density[kind]:.3f}" for kind in ("element", "block", "weighted"))
             + f" | {plan.flops:.3f} | {plan.cache_bytes / 1e6:.1f} | {plan.psnr_rgb.mean:.2f} "
             f"| {plan.ssim.mean:.4f} | {_stage(plan, 'search')} | {_stage(plan, 'remainder')} |"
-            for plan in sorted(result.plans, key=lambda plan: (_asked(plan), -plan.psnr_rgb.mean))
+            for plan in sorted(plans, key=lambda plan: (_asked(plan), -plan.psnr_rgb.mean))
         ),
         "",
         "Densities and FLOPs over all self-attention calls, dense steps as 1; FLOPs with searches "
         "and caches. search, rest: seconds of finding blocks and of remainders, relative to those "
-        f"of the attention in sparse steps. {_conditions(result)}",
+        f"of the attention in sparse steps. {' '.join(conditions)}",
         *(f"Left out: {name}: {reason}." for name, reason in reasons.items()),
     ]
     return "\n".join(lines) + "\n"

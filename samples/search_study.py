@@ -15,11 +15,11 @@ from torchmetrics.functional import spearman_corrcoef
 
 from dit_sparse.comparison import Comparison
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.kernels.pattern import Band, Choice, Columns, Full, Skip
+from dit_sparse.kernels.pattern import Band, Choice, Columns, Full, Neighborhood, Skip
 from dit_sparse.kernels.remainder import Drop, Pooled
 from dit_sparse.kernels.scaling import at_density
 from dit_sparse.pipelines.plan import Plan
-from dit_sparse.pipelines.presets import COMBINATIONS, PRESETS
+from dit_sparse.pipelines.presets import COMBINATIONS, COMPARED, PRESETS
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.baselines import best_uniform, random_assignment
 from dit_sparse.search.budget import Budget
@@ -45,6 +45,9 @@ differs from AdaSpa at its own schedule alone, ASA's code from its paper at its 
 
 MODES = (Full, Skip, Band, Columns)
 """Of Sparse-vDiT."""
+
+STATIC = (Skip, Band, Neighborhood)
+"""What is known before denoising, and has means of the rest."""
 
 
 def rivals(pipe: Any, searched: Plan, settings: Settings) -> dict[str, Plan]:
@@ -89,6 +92,28 @@ def uniform_plan(searched: Plan) -> Plan:
     plan = min(found, key=lambda each: each[0])[1]
     name = str(next(iter(plan.assignment.values()))[0])
     return replace(plan, evidence={}, provenance={"uniform": name})
+
+
+def static_plan(searched: Plan, density: float) -> Plan:
+    """The best assignment of patterns that are known beforehand, whose other pairs are seen as
+    means; at a density and with the dense steps at which presets are compared."""
+    evidence = Evidence.of_plan(searched)
+    kept = torch.tensor(
+        [
+            own.pattern == Full()
+            or (isinstance(own.pattern, STATIC) and isinstance(own.remainder, Pooled))
+            for own in (evidence.candidate(0, 0, n) for n in range(evidence.density.shape[-1]))
+        ]
+    )
+    schedule = Schedule(dense_first=round(COMPARED * evidence.sightings.steps))
+    own = replace(
+        evidence,
+        error=evidence.error.masked_fill(~kept[:, None, None], torch.inf),
+        schedules=(schedule,),
+    )
+    chosen = solve(own, Budget(density=density)).chosen
+    plan = evidence.planned(searched, chosen, schedule)
+    return replace(plan, evidence={}, provenance={"static": density})
 
 
 def by_rule(searched: Plan) -> Plan:

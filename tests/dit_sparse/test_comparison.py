@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse.comparison import compare, spread, write_comparison, write_videos
+from dit_sparse.comparison import (
+    compare,
+    read_comparison,
+    spread,
+    write_comparison,
+    write_videos,
+)
 from dit_sparse.generate import Sample, sample
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.metrics import PSNR_CAP
@@ -69,6 +75,8 @@ def test_comparison(
     assert [run.seed for run in band.runs] == [0, 5]
 
     path = write_comparison(tmp_path, result)
+    # Which machine it was comes back as JSON has it, lists for tuples.
+    assert replace(read_comparison(path), environment=result.environment) == result
     content = json.loads(path.read_text())
     assert {"plans", "environment", "protocol"} <= set(content)
     assert {"name", "density", "speedup", "psnr_rgb", "ssim"} <= set(content["plans"][0])
@@ -83,6 +91,16 @@ def test_comparison(
     ]
     assert read_video(tmp_path / "dense.mp4").shape == (5, 256, 256, 3)
     assert read_video(tmp_path / "side-by-side.mp4").shape == (5, 284, 3 * 256 + 2 * 4, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": "dit_sparse.comparison", "version": 0}']
+)
+def test_what_is_no_comparison_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"comparison.json is no comparison: .* remove it"):
+        read_comparison(path)
 
 
 def test_presets_are_measured_like_plans(model: Path) -> None:
