@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.order import TokenOrder
+from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.shard import Shard
 from dit_sparse.kernels.visited import MOST_POOLED, PARTIAL
 
-if TYPE_CHECKING:
-    from dit_sparse.kernels.blocks import BlockIndices
+
+class Listed(Protocol):
+    """What is looked at of a `BlockIndices`, which asks here about itself."""
+
+    @property
+    def grid(self) -> TokenGrid: ...
+    @property
+    def order(self) -> TokenOrder | None: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def permutation(self) -> Tensor: ...
+    @property
+    def key_permutation(self) -> Tensor: ...
+    @property
+    def query_offsets(self) -> Tensor: ...
+    @property
+    def key_offsets(self) -> Tensor: ...
+    @property
+    def row_pointer(self) -> Tensor: ...
+    @property
+    def key_block(self) -> Tensor: ...
+    @property
+    def tag(self) -> Tensor: ...
+    @property
+    def patterns(self) -> tuple[Pattern, ...] | None: ...
+    @property
+    def queries(self) -> Shard | None: ...
+    @property
+    def keys(self) -> Shard | None: ...
+    @property
+    def query_blocks(self) -> int: ...
+    @property
+    def key_blocks(self) -> int: ...
 
 
-def fault_of(blocks: BlockIndices, sound: BlockIndices | None) -> str | None:
+def fault_of(blocks: Listed, sound: Listed | None) -> str | None:
     """The first fault of `blocks`; `None` if there is none. Where it is cut by the very tensors
     of another list, which is known to be sound, the cut is not looked at again."""
     reason = None if _same_cut(blocks, sound) else _fault_of_cut(blocks)
@@ -42,7 +78,7 @@ def fault_of(blocks: BlockIndices, sound: BlockIndices | None) -> str | None:
     return None
 
 
-def _same_cut(blocks: BlockIndices, sound: BlockIndices | None) -> bool:
+def _same_cut(blocks: Listed, sound: Listed | None) -> bool:
     return (
         sound is not None
         and blocks.grid == sound.grid
@@ -56,7 +92,7 @@ def _same_cut(blocks: BlockIndices, sound: BlockIndices | None) -> bool:
     )
 
 
-def _fault_of_cut(blocks: BlockIndices) -> str | None:
+def _fault_of_cut(blocks: Listed) -> str | None:
     shards = blocks.queries, blocks.keys
     for shard in shards:
         if shard and (reason := shard.refusal(blocks.grid)) is not None:
@@ -77,7 +113,7 @@ def _fault_of_cut(blocks: BlockIndices) -> str | None:
     return None
 
 
-def _fault_of_type(blocks: BlockIndices, name: str, dtype: torch.dtype, length: int) -> str | None:
+def _fault_of_type(blocks: Listed, name: str, dtype: torch.dtype, length: int) -> str | None:
     tensor = getattr(blocks, name)
     if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
         return f"{name} must be {dtype} [{length}], got {tensor.dtype} {tuple(tensor.shape)}"

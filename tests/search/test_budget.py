@@ -60,7 +60,7 @@ def test_bytes_are_a_number_of_bytes(value: Any) -> None:
 
 
 @pytest.mark.parametrize("asked", [{"flops": 0.3, "gate": 1.0}, {"price": 0.3, "gate": -1.0}])
-def test_a_gate_stands_beside_a_price(asked: dict[str, float]) -> None:
+def test_a_gate_stands_beside_a_price(asked: dict[str, Any]) -> None:
     with pytest.raises(
         ValueError, match=r"gate must be .* beside a price, came .*price=0\.5,gate=1"
     ):
