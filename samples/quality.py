@@ -62,7 +62,7 @@ CACHE_PROMPTS = 1
 SPEEDUP_PROMPTS = 4
 SPEEDUP = 1.5
 FLOPS_PROMPTS = 2
-TRANSFER_PROMPTS = 2
+TRANSFER_PROMPTS = 1
 TRANSFERRED = 0.3
 ELSEWHERE: dict[str, dict[str, int]] = {
     "13x12x20": {"frames": 25, "height": 48, "width": 80},
