@@ -10,6 +10,7 @@ from dit_sparse.pipelines.phase import tally
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.schedule import Schedule
 from dit_sparse.search.choices import Choices, choices
+from dit_sparse.search.timing import runs_of
 
 Shape = tuple[int, int, int]
 
@@ -146,5 +147,5 @@ def _mean(densities: list[tuple[Density | None, float]]) -> dict[str, float] | N
 
 def _runs(plan: Plan) -> dict[str, list[float]]:
     """Speed-ups of the plans that a search tried to keep a time."""
-    runs = plan.timing.get("runs", [])
-    return {"speedups": [run["dense_seconds"] / run["seconds"] for run in runs]} if runs else {}
+    runs = runs_of(plan)
+    return {"speedups": [run.speedup for run in runs]} if runs else {}

@@ -47,7 +47,7 @@ from dit_sparse.search.driver import search_plan
 from dit_sparse.search.elasticity import growths
 from dit_sparse.search.solution import resolve
 from dit_sparse.search.space import KINDS
-from dit_sparse.search.timing import Timing
+from dit_sparse.search.timing import Timing, runs_of
 from dit_sparse.session import Session, open_session
 from dit_sparse.video import replacing
 
@@ -205,8 +205,8 @@ def rank() -> None:
 def psnr() -> None:
     """Budgets that name a quality, and what plans keep of it on unseen prompts."""
     session = open_session(MODEL)
-    known = json.loads((RESULTS / "comparison.json").read_text())["plans"]
-    measured = {row["name"]: round(row["psnr_rgb"]["mean"], 1) for row in known}
+    known = read_comparison(RESULTS / "comparison.json")
+    measured = {plan.name: round(plan.psnr_rgb.mean, 1) for plan in known.plans}
     plans: dict[str, Plan] = {}
     with tempfile.TemporaryDirectory() as work:
         for name in ("searched 50%", "searched 20%"):
@@ -221,9 +221,7 @@ def speedup() -> None:
     """A budget that names a speed, and what the plan keeps of it on unseen prompts."""
     session = open_session(MODEL)
     plan = _searched(session, Budget(speedup=SPEEDUP))
-    tried = ", ".join(
-        f"{run['dense_seconds'] / run['seconds']:.2f}" for run in plan.timing["runs"]
-    )
+    tried = ", ".join(f"{run.speedup:.2f}" for run in runs_of(plan))
     plans = {f"speedup={SPEEDUP:g}, tried {tried}": plan}
     _compare(session, plans, SPEEDUP_PROMPTS, RESULTS / "speedup", table)
 

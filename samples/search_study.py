@@ -4,7 +4,7 @@ how well its errors predict the quality of videos."""
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from dit_sparse.search.budget import Budget
 from dit_sparse.search.course import Keeping, courses
 from dit_sparse.search.evidence import Evidence
 from dit_sparse.search.solution import resolve, solution_of, solve
-from dit_sparse.search.space import search_cost
+from dit_sparse.search.space import Candidate, search_cost
 from dit_sparse.settings import Settings
 
 SHARES = (0.3, 0.2, 0.1)
@@ -98,20 +98,13 @@ def static_plan(searched: Plan, density: float) -> Plan:
     """The best assignment of patterns that are known beforehand, whose other pairs are seen as
     means; at a density and with the dense steps at which presets are compared."""
     evidence = Evidence.of_plan(searched)
-    kept = torch.tensor(
-        [
-            own.pattern == Full()
-            or (isinstance(own.pattern, STATIC) and isinstance(own.remainder, Pooled))
-            for own in (evidence.candidate(0, 0, n) for n in range(evidence.density.shape[-1]))
-        ]
-    )
     schedule = Schedule(dense_first=round(COMPARED * evidence.sightings.steps))
-    own = replace(
-        evidence,
-        error=evidence.error.masked_fill(~kept[:, None, None], torch.inf),
-        schedules=(schedule,),
-    )
-    chosen = solve(own, Budget(density=density)).chosen
+
+    def static(own: Candidate) -> bool:
+        pooled = isinstance(own.pattern, STATIC) and isinstance(own.remainder, Pooled)
+        return pooled or own.pattern == Full()
+
+    chosen = solve(_only(evidence, static, schedule), Budget(density=density)).chosen
     plan = evidence.planned(searched, chosen, schedule)
     return replace(plan, evidence={}, provenance={"static": density})
 
@@ -122,18 +115,12 @@ def by_rule(searched: Plan) -> Plan:
     half is spent on dense first steps."""
     evidence = Evidence.of_plan(searched)
     share, steps = searched.predicted["flops"], evidence.sightings.steps
-    modes = torch.tensor(
-        [
-            isinstance(own.pattern, MODES) and own.remainder == Drop()
-            for own in (evidence.candidate(0, 0, n) for n in range(evidence.density.shape[-1]))
-        ]
-    )
     schedule = Schedule(dense_first=max(1, round(share * steps / 2)))
-    own = replace(
-        evidence,
-        error=evidence.error.masked_fill(~modes[:, None, None], torch.inf),
-        schedules=(schedule,),
-    )
+
+    def mode(own: Candidate) -> bool:
+        return isinstance(own.pattern, MODES) and own.remainder == Drop()
+
+    own = _only(evidence, mode, schedule)
     low, high = -30.0, 10.0
     for _ in range(PRICES):
         middle = (low + high) / 2
@@ -142,6 +129,14 @@ def by_rule(searched: Plan) -> Plan:
     chosen = solve(own, Budget(price=2**high)).chosen
     plan = evidence.planned(searched, chosen, schedule)
     return replace(plan, evidence={}, provenance={"rule": f"price={2**high:.3g}"})
+
+
+def _only(evidence: Evidence, keeps: Callable[[Candidate], bool], schedule: Schedule) -> Evidence:
+    """The evidence without the other candidates, and under this schedule alone."""
+    numbers = range(evidence.density.shape[-1])
+    kept = torch.tensor([keeps(evidence.candidate(0, 0, number)) for number in numbers])
+    error = evidence.error.masked_fill(~kept[:, None, None], torch.inf)
+    return replace(evidence, error=error, schedules=(schedule,))
 
 
 def preset_at(name: str, share: float, pipe: Any, like: Plan, settings: Settings) -> Plan | None:

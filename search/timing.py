@@ -194,6 +194,12 @@ class StepTimes:
         return Timing(device, steps, step, share, self._outside)
 
 
+def runs_of(plan: Plan) -> tuple[Run, ...]:
+    """The runs by which the search of `plan` saw how fast plans are; none where it asked for no
+    time."""
+    return tuple(Run(**run) for run in plan.timing.get("runs", ()))
+
+
 def timing_note(plan: Plan) -> str | None:
     """The end-to-end expectation of a plan; `None` if its search measured no times."""
     timing, predicted = Timing.of_plan(plan), plan.predicted
