@@ -75,35 +75,36 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
-    """Taking the cache of a remainder, the dense and the sparse pass not included."""
+class Caching:
+    """What is done with the cache of a remainder, passes not included."""
 
     remainder: Cached
-
-    def __str__(self) -> str:
-        return f"take {self.remainder}"
 
     def work(self, batch: int, tokens: int, heads: int, block: int) -> Work:
         """Tokens, whatever the blocks."""
         return Work(batch * heads * tokens / 128, 0.0, 0.0)
+
+
+class Take(Caching):
+    """Taking it."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"take {self.remainder}"
 
     def job(self, calls: Calls) -> Callable[[], object]:
         """As that of `Search`."""
         return lambda: cache_of(self.remainder, calls.dense, calls.sparse)
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """Applying a cache to a sparse pair."""
+class Apply(Caching):
+    """Applying it to a sparse pair."""
 
-    remainder: Cached
+    __slots__ = ()
 
     def __str__(self) -> str:
         return f"apply {self.remainder}"
-
-    def work(self, batch: int, tokens: int, heads: int, block: int) -> Work:
-        """Tokens, whatever the blocks."""
-        return Work(batch * heads * tokens / 128, 0.0, 0.0)
 
     def job(self, calls: Calls) -> Callable[[], object]:
         """As that of `Search`."""
