@@ -43,7 +43,7 @@ def _named(structure: Any, *types: str) -> Any:
 
 def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledKernel:
     """The attention kernel in the tiles that blocks of 128 x 128 get, whose order is raster."""
-    sizes = tiles(target, head_dim, 2, 128, 128)
+    sizes = tiles_of(target, head_dim, variant)
     signature: dict[str, Any] = {
         "query": f"*{DTYPE}",
         "key": _operand(sizes, head_dim),
@@ -80,9 +80,15 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
     return _compile(attend, target, sizes, signature, constants)
 
 
+def tiles_of(target: Target, head_dim: int, variant: Variant) -> Tiles:
+    """The tiles of a variant for blocks of 128 x 128 in half precision."""
+    kind = "partial" if variant.masked else "pooled" if variant.pooled else "whole"
+    return tiles(target, head_dim, 2, 128, 128, kind)
+
+
 def compile_mass(target: Target, head_dim: int) -> CompiledKernel:
     """The mass kernel with 16 rows of a block of queries, four blocks a program."""
-    sizes = replace(tiles(target, head_dim, 2, 128, 128), block_q=BLOCK_Q, warps=4)
+    sizes = replace(tiles_of(target, head_dim, Variant()), block_q=BLOCK_Q, warps=4)
     signature: dict[str, Any] = {
         "query": f"*{DTYPE}",
         "key": _operand(sizes, head_dim),

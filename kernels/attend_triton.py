@@ -73,6 +73,16 @@ def load_rows(pointer, row, stride, seen, HEAD_DIM: tl.constexpr, DIM: tl.conste
 
 
 @triton.jit
+def _load_runs(pointer, run, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """`[runs, DIM]`: rows of a table of fewer than 2^31 elements, zero beyond HEAD_DIM."""
+    d = tl.arange(0, DIM)
+    at = pointer + (run[:, None] * HEAD_DIM + d[None, :])
+    if HEAD_DIM < DIM:
+        return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
 def load_tile(
     source, strides, sample, head, first, tokens,
     DESCRIPTORS: tl.constexpr, INSIDE: tl.constexpr,
@@ -199,14 +209,17 @@ def attend(
     if DENSE:
         start = 0
         stop = keys // BLOCK_K
+        first = 0
     else:
         start = tl.load(lists.bounds + 3 * row)
         stop = tl.load(lists.bounds + 3 * row + 1)
+        first = tl.load(lists.first + start)
     for entry in tl.range(start, stop):
+        # Known one tile ahead, or the copies of each tile would wait for where it is.
         if DENSE:  # noqa: SIM108, the compiler types both sides of a ternary
-            first = entry * BLOCK_K
+            ahead = first + BLOCK_K
         else:
-            first = tl.load(lists.first + entry)
+            ahead = tl.load(lists.first + entry + 1)
         scores, v = _look(
             q, key, value, key_strides, value_strides, sample, head, first, keys,
             DESCRIPTORS, True, HEAD_DIM, DIM, BLOCK_K, UPCAST,
@@ -214,6 +227,7 @@ def attend(
         total, largest, sums = _update(
             scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
         )  # fmt: skip
+        first = ahead
 
     if MASKED:
         start = stop
@@ -231,19 +245,22 @@ def attend(
             # A tile without a mask but short, or with padded text, is listed as -1 - tile.
             listed = tl.load(lists.tile + entry)
             key_tile = tl.maximum(listed, -1 - listed)
-            scores, v = _look(
-                q, key, value, key_strides, value_strides, sample, head, first, keys,
-                DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
-            )  # fmt: skip
+            # What hides scores is looked up before they are multiplied, and so meanwhile.
             if WORD_AXES > 0:
                 word = tl.where(listed < 0, (1 << 30) - 1, 0)
                 for axis in tl.static_range(WORD_AXES):
                     origin = tl.load(origins + axis * words.tiles + key_tile)
                     word |= _bits(low[axis], high[axis], origin, bottom[axis], top[axis])
                 own = tl.load(own_words + key_tile * BLOCK_K + n)
-                scores = _hide(scores, ~word[:, None], own[None, :], CUDA)
             else:
                 count = tl.load(lists.key_count + sample * lists.count_stride + key_tile)
+            scores, v = _look(
+                q, key, value, key_strides, value_strides, sample, head, first, keys,
+                DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
+            )  # fmt: skip
+            if WORD_AXES > 0:
+                scores = _hide(scores, ~word[:, None], own[None, :], CUDA)
+            else:
                 scores = tl.where((n < count)[None, :], scores, float("-inf"))
             total, largest, sums = _update(
                 scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
@@ -278,7 +295,7 @@ def attend(
     if POOLED:
         start = tl.load(pooled.bounds + row)
         stop = tl.load(pooled.bounds + row + 1)
-        base = sample.to(tl.int64) * heads + head
+        at = (sample.to(tl.int64) * heads + head) * pooled.runs * HEAD_DIM
         for group in tl.range(start, stop, num_stages=2):
             # Several pooled blocks side by side, 2^shift places for each.
             shift = tl.load(pooled.shift + group)
@@ -287,13 +304,18 @@ def attend(
             block = tl.load(pooled.block + item, mask=seen, other=0)
             within = n & ((1 << shift) - 1)
             seen = seen & (within < tl.load(pooled.number + block))
+            # Places without a run repeat the first, which is seen, so that rows need no mask.
             run = tl.load(pooled.first + block) + within
+            run = tl.where(
+                seen,
+                run,
+                tl.load(pooled.first + tl.load(pooled.block + tl.load(pooled.entry + group))),
+            )
             bias = tl.load(
                 pooled.bias + sample * pooled.bias_stride + run, mask=seen, other=float("-inf")
             )
-            at = base * pooled.runs * HEAD_DIM
-            k = load_rows(pooled.key + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
-            v = load_rows(pooled.value + at, run, HEAD_DIM, seen, HEAD_DIM, DIM)
+            k = _load_runs(pooled.key + at, run, HEAD_DIM, DIM)
+            v = _load_runs(pooled.value + at, run, HEAD_DIM, DIM)
             scores = matmul(q, k.T, UPCAST) * factor + bias[None, :]
             total, largest, sums = _update(
                 scores, v, total, largest, sums, 1.0, alive, bound, SKIPS, UPCAST,

@@ -26,8 +26,8 @@ class Backend:
 # Fastest first: without a calibration, "auto" takes the first one that accepts.
 BACKENDS = (
     Backend("natten", natten_backend.supports, natten_backend.run),
-    Backend("flex", flex.supports, flex.run),
     Backend("triton", gpu.supports, gpu.run),
+    Backend("flex", flex.supports, flex.run),
     Backend("native", native.supports, native.run),
     Backend("gather", gather.supports, gather.run),
     Backend("reference", reference.supports, reference.run),

@@ -2,16 +2,20 @@
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_sparse.kernels.attend_triton import attend
+from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
-from dit_sparse.kernels.target import Target, Tiles, target_of, tiles
+from dit_sparse.kernels.target import Kind, Target, Tiles, target_of, tiles
 from dit_sparse.kernels.tokens_triton import interpreting, ordered, padded_dim, pool, unit_stride
 from dit_sparse.kernels.worklist import Worklist, worklist
+
+_kinds: WeakKeyDictionary[BlockIndices, Kind] = WeakKeyDictionary()
 
 
 def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -52,8 +56,12 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def tiles_of(call: AttentionCall) -> Tiles:
     """The tiles in which a call is computed."""
-    head_dim, itemsize = call.query.shape[-1], call.query.element_size()
-    return tiles(_target(call), head_dim, itemsize, call.blocks.block_q, call.blocks.block_k)
+    head_dim, itemsize, blocks = call.query.shape[-1], call.query.element_size(), call.blocks
+    if blocks not in _kinds:
+        pooled = bool((blocks.tag > WHOLE).any())
+        _kinds[blocks] = "partial" if blocks.patterns else "pooled" if pooled else "whole"
+    kind = _kinds[blocks]
+    return tiles(_target(call), head_dim, itemsize, blocks.block_q, blocks.block_k, kind)
 
 
 def _target(call: AttentionCall) -> Target:

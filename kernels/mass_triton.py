@@ -56,17 +56,23 @@ def mass(
     segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
     segments = tl.num_programs(0) * SEGMENTS
     out += (tl.program_id(1).to(tl.int64) * segments + segment) * key_tiles
+    first = tl.load(key_first)
+    count = tl.load(key_count + sample * count_stride)
     for tile in tl.range(0, key_tiles):
-        first = tl.load(key_first + tile)
-        real = n < tl.load(key_count + sample * count_stride + tile)
+        # Known one tile ahead, or the copies of each tile would wait for where it is.
+        ahead = tl.minimum(tile + 1, key_tiles - 1)
+        next_first = tl.load(key_first + ahead)
+        next_count = tl.load(key_count + sample * count_stride + ahead)
         k = load_tile(
             key, key_strides, sample, head, first, keys, DESCRIPTORS, False, HEAD_DIM, DIM,
             BLOCK_K,
         )  # fmt: skip
         scores = matmul(q, k.T, UPCAST)
         shares = tl.math.exp2(scores * factor - level[:, None])
-        shares = tl.sum(tl.where(real[None, :], shares, 0.0), 1)
+        shares = tl.sum(tl.where((n < count)[None, :], shares, 0.0), 1)
         tl.store(out + tile, tl.sum(tl.reshape(shares, (SEGMENTS, SEGMENT)), 1))
+        first = next_first
+        count = next_count
 
 
 def block_mass(call: AttentionCall, lse: Tensor, rows: int | None = 16) -> Tensor:

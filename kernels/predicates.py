@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_sparse.kernels.blocks import PARTIAL, BlockIndices
 from dit_sparse.kernels.definition import is_text
 from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.tile_bounds import TileBounds, tile_bounds
 from dit_sparse.kernels.tiling import Tiling
 from dit_sparse.kernels.windows import Windows
 
@@ -54,10 +55,12 @@ class Intervals(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Predicates:
-    """Both tables, and for each head the group of either it belongs to; -1 for none."""
+    """Both tables, for each head the group of either it belongs to, -1 for none, and bounds of
+    the windows of some heads."""
 
     words: Words
     intervals: Intervals
+    bounds: tuple[tuple[list[int], TileBounds], ...]
     word_group: Tensor
     interval_group: Tensor
     word_axes: int
@@ -83,14 +86,20 @@ def unwindowed(blocks: BlockIndices) -> Pattern | None:
     return None
 
 
-def predicates(blocks: BlockIndices, keys: Tiling, real: Tensor, block_k: int) -> Predicates:
+def predicates(
+    blocks: BlockIndices, queries: Tiling, keys: Tiling, real: Tensor, block_k: int
+) -> Predicates:
     """The tables for tiles of at most `block_k` keys, of which `real` are not padded text."""
     groups: tuple[list[_Group], list[_Group]] = [], []
+    bounds = []
     numbers = torch.full((2, blocks.heads), -1)
     for pattern, heads in partial_patterns(blocks).items():
         windows = pattern.windows(blocks.grid)
         assert windows is not None, f"{pattern} has no windows; the backend refuses it"
-        group = _group(windows, blocks, keys)
+        own = windows.of(blocks.query_sequence, blocks.key_sequence)
+        bounds.append((heads, tile_bounds(own, queries, keys)))
+        video = ~is_text(blocks.grid, blocks.key_sequence[keys.first])
+        group = _group(own, bounds[-1][1], video)
         kind = int(group.extent.sum() > MOST_BITS)
         numbers[kind, heads] = len(groups[kind])
         groups[kind].append(group)
@@ -98,6 +107,7 @@ def predicates(blocks: BlockIndices, keys: Tiling, real: Tensor, block_k: int) -
     return Predicates(
         _words([_padded(g, axes[0]) for g in groups[0]], keys, real, block_k),
         _intervals([_padded(g, axes[1]) for g in groups[1]], len(blocks.key_permutation), block_k),
+        tuple(bounds),
         numbers[0],
         numbers[1],
         axes[0],
@@ -117,15 +127,9 @@ class _Group:
     extent: Tensor
 
 
-def _group(windows: Windows, blocks: BlockIndices, keys: Tiling) -> _Group:
-    sequence = blocks.key_sequence
-    own = windows.of(blocks.query_sequence, sequence)
-    low, size, place = own.low.long(), own.size.long(), own.place.long()
-    video = ~is_text(blocks.grid, sequence[keys.first])
-    tile = torch.arange(len(keys)).repeat_interleave(keys.count).expand_as(place)
-    empty = place.new_zeros(len(place), len(keys))
-    first = empty.scatter_reduce(1, tile, place, "amin", include_self=False)
-    last = empty.scatter_reduce(1, tile, place, "amax", include_self=False)
+def _group(windows: Windows, bounds: TileBounds, video: Tensor) -> _Group:
+    low, size, place = windows.low.long(), windows.size.long(), windows.place.long()
+    first, last = bounds.place
     extent = (last - first + 1)[:, video].amax(1)
     return _Group(low, size, place, first, extent)
 

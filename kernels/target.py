@@ -1,8 +1,8 @@
 """Target: the processor that kernels are compiled for, and the tiles that suit it.
 
-The tiles of NVIDIA's are those whose compiled loops spill nothing and keep loads ahead of matrix
-products; `static_gate.py` holds them to it. Those of AMD's are Triton's customary ones, not
-measured.
+The tiles of sm_90 were the fastest of nine on an H100 (`bench/`); those of other NVIDIA GPUs are
+chosen by what their loops compile to, which `static_gate.py` watches. Those of AMD's are Triton's
+customary ones, not measured.
 """
 
 import os
@@ -11,6 +11,9 @@ from functools import cache
 from typing import Literal
 
 import torch
+
+Kind = Literal["whole", "partial", "pooled"]
+"""What costs most of a list of blocks. Of those kept in part, small tiles leave out more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,12 @@ def target_of(device: torch.device) -> Target | None:
     return Target("cuda", 10 * major + minor)
 
 
-def tiles(target: Target, head_dim: int, itemsize: int, block_q: int, block_k: int) -> Tiles:
+def tiles(
+    target: Target, head_dim: int, itemsize: int, block_q: int, block_k: int, kind: Kind
+) -> Tiles:
     """Tiles for blocks of `block_q` x `block_k` tokens; never larger than the blocks, but at
     least 16 tokens, which matrix instructions need."""
-    best = _best(target, head_dim, itemsize)
+    best = _best(target, head_dim, itemsize, kind)
     small_q = min(best.block_q, _power_of_two(block_q))
     return Tiles(
         small_q,
@@ -65,7 +70,7 @@ def tiles(target: Target, head_dim: int, itemsize: int, block_q: int, block_k: i
     )
 
 
-def _best(target: Target, head_dim: int, itemsize: int) -> Tiles:
+def _best(target: Target, head_dim: int, itemsize: int, kind: Kind) -> Tiles:
     if target.kind == "interpreter":
         return Tiles(128, 128, 4, 1, itemsize < 4)
     if target.kind == "hip":
@@ -76,8 +81,10 @@ def _best(target: Target, head_dim: int, itemsize: int) -> Tiles:
         return Tiles(64, 32, 4, 2, descriptors)
     if head_dim > 128:
         return Tiles(128, 64, 8, 2, True) if descriptors else Tiles(64, 32, 4, 2, False)
+    if descriptors and head_dim > 64:
+        return Tiles(128, 128, 8, 3, True) if kind == "whole" else Tiles(64, 64, 4, 3, True)
     if descriptors:
-        return Tiles(128, 128, 8, 3, True)
+        return Tiles(64, 64, 4, 3, True) if kind == "partial" else Tiles(64, 128, 4, 2, True)
     return Tiles(128, 64, 8 if head_dim > 64 else 4, 3, False)
 
 

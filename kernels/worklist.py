@@ -78,7 +78,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
     rows = blocks.heads * len(queries)
     real = real_tokens(blocks.grid, blocks.key_sequence, keys)
-    rules = predicates(blocks, keys, real, block_k)
+    rules = predicates(blocks, queries, keys, real, block_k)
     row, key_block, tag = _entries(blocks, queries)
     runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
 
@@ -88,6 +88,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     entry, within = ragged(tile_counts[key_block])
     tile = (tile_counts.cumsum(0) - tile_counts)[key_block[entry]] + within
     row, whole = row[entry], tag[entry] == WHOLE
+    row, tile, whole = _settled(rules, row, tile, whole, len(queries))
     full = (real == block_k).all(0)
     by_interval = (rules.interval_group >= 0)[row // len(queries)]
     section = torch.where(whole, torch.where(full[tile], 0, 1), torch.where(by_interval, 2, 1))
@@ -100,7 +101,8 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     lists = Lists(
         rows=torch.argsort(cost, descending=True, stable=True).int(),
         bounds=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
-        first=keys.first[tile[order]].int(),
+        # The kernel looks one entry ahead, past the last.
+        first=torch.nn.functional.pad(keys.first[tile[order]], (0, 1)).int(),
         tile=listed[order].int(),
         query_first=queries.first.int(),
         query_count=queries.count.int(),
@@ -125,6 +127,18 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
         permuted=blocks.order != raster(),
         masked=bool((section == 1).any()),
     )
+
+
+def _settled(
+    rules: Predicates, row: Tensor, tile: Tensor, whole: Tensor, query_tiles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and tiles of keys without those of which nothing is kept, and which are kept whole."""
+    empty, head, query_tile = torch.zeros_like(whole), row // query_tiles, row % query_tiles
+    for heads, bounds in rules.bounds:
+        masked = (~whole & torch.isin(head, torch.tensor(heads))).nonzero()[:, 0]
+        pairs = query_tile[masked], tile[masked]
+        empty[masked], whole[masked] = bounds.empty(*pairs), bounds.whole(*pairs)
+    return row[~empty], tile[~empty], whole[~empty]
 
 
 def _sequence(

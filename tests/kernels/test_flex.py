@@ -256,6 +256,7 @@ def test_kernel_options(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_compiled_kernel(grid: TokenGrid, dtype: torch.dtype, operands, masked_attention):

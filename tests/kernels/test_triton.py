@@ -99,9 +99,10 @@ def test_a_cpu_has_no_target():
 
 
 def test_tiles_are_no_larger_than_blocks():
-    assert tiles(Target("cuda", 90), 128, 2, 128, 128) == Tiles(128, 128, 8, 3, True)
-    assert tiles(Target("cuda", 90), 128, 2, 60, 9) == Tiles(64, 16, 4, 3, True)
-    assert not tiles(Target("hip"), 128, 2, 128, 128).descriptors
+    assert tiles(Target("cuda", 90), 128, 2, 128, 128, "whole") == Tiles(128, 128, 8, 3, True)
+    assert tiles(Target("cuda", 90), 128, 2, 60, 9, "whole") == Tiles(64, 16, 4, 3, True)
+    assert tiles(Target("cuda", 90), 128, 2, 32, 128, "partial") == Tiles(32, 64, 4, 3, True)
+    assert not tiles(Target("hip"), 128, 2, 128, 128, "whole").descriptors
 
 
 def test_longest_rows_come_first_and_tables_are_made_once():
