@@ -74,8 +74,15 @@ def test_boxes_in_tiles_that_are_boxes_are_settled_whenever_they_can_be():
 
 def test_a_worklist_leaves_out_what_is_settled():
     grid = TokenGrid(4, 8, 8)
-    blocks = block_indices([Neighborhood((2, 3, 3)), BOX], grid, tile(4, 4, 4), 64, 64)
-    bounds = [worklist(blocks, size, size, torch.device("cpu")).lists.bounds for size in (64, 16)]
-    coarse, fine = (x.diff().view(-1, 3).sum(0) for x in bounds)
-    assert coarse.sum() * 16 > 2 * fine.sum()
-    assert fine[0] > 0
+    heads = [Neighborhood((2, 3, 3)), Neighborhood((2, 8, 7))]
+    blocks = block_indices(heads, grid, tile(4, 4, 4), 64, 64)
+    # Of 1 x 4 x 4 tokens, so that the bounds decide.
+    tiles = tiling(blocks.query_offsets, 16), tiling(blocks.key_offsets, 16)
+    bounds = worklist(blocks, 16, 16, torch.device("cpu")).lists.bounds
+    listed = bounds.diff().view(len(heads), -1, 3).sum(1).tolist()
+    for pattern, (whole, masked, by_interval) in zip(heads, listed, strict=True):
+        _, _, all_kept, none_kept = settled(pattern, blocks, *tiles)
+        assert whole == all_kept.sum()
+        assert masked == (~all_kept & ~none_kept).sum()
+        assert by_interval == 0
+    assert listed[1][0] > 0
