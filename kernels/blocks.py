@@ -295,13 +295,12 @@ def from_cuts(
 ) -> BlockIndices:
     """As `from_tags`, for queries and keys that are each cut in an order of their own, if it is
     not `order`, into blocks of at most `largest` tokens; perhaps as those of `sound`."""
-    queries, keys = (side.offsets.diff() for side in sides)
+    queries, keys = (side.offsets.diff().to(tags.device) for side in sides)
     if tags.ndim != 3 or tags.shape[1:] != (len(queries), len(keys)):
         raise ValueError(
             f"a table of blocks must be [heads, {len(queries)}, {len(keys)}] for grid {grid} in "
             f"blocks of {largest[0]} x {largest[1]}, got {tuple(tags.shape)}"
         )
-    tags = tags.cpu()
     listed = tags != ABSENT
     tag = tags[listed]
     wrong = (tag < WHOLE) | (tag > MOST_POOLED)
@@ -315,10 +314,10 @@ def from_cuts(
         order,
         largest,
         sides,
-        counts=listed.sum(-1).flatten(),
-        key_block=listed.nonzero()[:, 2].to(torch.int32),
-        tag=tag,
-        kept=(((tags == WHOLE) * queries[:, None]).sum(1) * keys).sum(-1),
+        counts=listed.sum(-1).flatten().cpu(),
+        key_block=listed.nonzero()[:, 2].to(torch.int32).cpu(),
+        tag=tag.cpu(),
+        kept=(((tags == WHOLE) * queries[:, None]).sum(1) * keys).sum(-1).cpu(),
         patterns=None,
         sound=sound,
     )

@@ -7,7 +7,6 @@ A block at level r has `2^-r` as many runs as tokens, so a tile of keys takes se
 time of pooled blocks is that of their runs.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -53,16 +52,21 @@ def pooled(
     chosen = tag > WHOLE
     row, key_block, tag = row[chosen], key_block[chosen].long(), tag[chosen].long()
     levels, level = tag.unique(return_inverse=True)
-    runs = [tiling(blocks.key_offsets, 2**r) for r in levels.tolist()]
+    device, offsets = row.device, blocks.key_offsets.to(row.device)
+    runs = [tiling(offsets, 2**r) for r in levels.tolist()]
     all_runs = Tiling(
-        *(_joined(getattr(x, name) for x in runs) for name in ("first", "count", "block"))
+        *(
+            _joined([getattr(x, name) for x in runs], device)
+            for name in ("first", "count", "block")
+        )
     )
     # A block of more runs than a tile takes is listed in pieces.
-    pieces, number = [], torch.zeros(2, len(levels), blocks.key_blocks, dtype=torch.int64)
+    pieces: list[Tiling] = []
+    number = torch.zeros(2, len(levels), blocks.key_blocks, dtype=torch.int64, device=device)
     for index, at_level in enumerate(runs):
         lengths = at_level.block.bincount(minlength=blocks.key_blocks)
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        pieces.append(tiling(offsets + sum(map(len, runs[:index])), size))
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        pieces.append(tiling(ends + sum(map(len, runs[:index])), size))
         number[1, index] = pieces[-1].block.bincount(minlength=blocks.key_blocks)
         number[0, index] = number[1, index].cumsum(0) - number[1, index]
         number[0, index] += sum(map(len, pieces[:-1]))
@@ -71,8 +75,8 @@ def pooled(
     row, level = row[entry], level[entry]
     order = torch.argsort(row * max(1, len(levels)) + level, stable=True)
     row, level, block = row[order], level[order], block[order]
-    widest = torch.tensor([int(x.count.max()) for x in pieces], dtype=torch.int64)
-    shift = torch.tensor([(int(most) - 1).bit_length() for most in widest], dtype=torch.int64)
+    widest = [(int(x.count.max()) - 1).bit_length() for x in pieces]
+    shift = torch.tensor(widest, dtype=torch.int64, device=device)
     starts, numbers = torch.unique_consecutive(
         row * max(1, len(levels)) + level, return_counts=True
     )
@@ -91,8 +95,8 @@ def pooled(
         stop=entry_to.int(),
         shift=shift[level_of].int(),
         block=block.int(),
-        first=_joined(x.first for x in pieces).int(),
-        number=_joined(x.count for x in pieces).int(),
+        first=_joined([x.first for x in pieces], device).int(),
+        number=_joined([x.count for x in pieces], device).int(),
         bias=bias,
         key=empty,
         value=empty,
@@ -101,5 +105,5 @@ def pooled(
     )
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *parts])

@@ -91,14 +91,14 @@ def predicates(
 ) -> Predicates:
     """The tables for tiles of at most `block_k` keys, of which `real` are not padded text."""
     groups: tuple[list[_Group], list[_Group]] = [], []
-    bounds = []
-    numbers = torch.full((2, blocks.heads), -1)
+    bounds, device = [], keys.first.device
+    numbers = torch.full((2, blocks.heads), -1, device=device)
     for pattern, heads in partial_patterns(blocks).items():
         windows = pattern.windows(blocks.grid)
         assert windows is not None, f"{pattern} has no windows; the backend refuses it"
-        own = windows.of(blocks.query_sequence, blocks.key_sequence)
+        own = windows.of(blocks.query_sequence, blocks.key_sequence).to(device)
         bounds.append((heads, tile_bounds(own, queries, keys)))
-        video = ~is_text(blocks.grid, blocks.key_sequence[keys.first])
+        video = ~is_text(blocks.grid, blocks.key_sequence.to(device)[keys.first])
         group = _group(own, bounds[-1][1], video)
         kind = int(group.extent.sum() > MOST_BITS)
         numbers[kind, heads] = len(groups[kind])
@@ -151,7 +151,7 @@ def _padded(group: _Group, axes: int) -> _Group:
 
 
 def _words(groups: list[_Group], keys: Tiling, real: Tensor, block_k: int) -> Words:
-    slot = torch.arange(block_k)
+    slot = torch.arange(block_k, device=keys.first.device)
     place = (keys.first[:, None] + slot).clamp_max(int(keys.first[-1] + keys.count[-1]) - 1)
     past_end = (slot >= real[..., None]) * _PAST_END
     low, high, word, origin, bottom, top = [], [], [], [], [], []

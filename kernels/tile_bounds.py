@@ -49,7 +49,8 @@ def tile_bounds(windows: Windows, queries: Tiling, keys: Tiling) -> TileBounds:
 
 
 def _extremes(table: Tensor, tiles: Tiling) -> Tensor:
-    tile = torch.arange(len(tiles)).repeat_interleave(tiles.count).expand_as(table)
+    number = torch.arange(len(tiles), device=table.device)
+    tile = number.repeat_interleave(tiles.count).expand_as(table)
     empty = table.new_zeros(len(table), len(tiles))
     least = empty.scatter_reduce(1, tile, table, "amin", include_self=False)
     return torch.stack([least, empty.scatter_reduce(1, tile, table, "amax", include_self=False)])

@@ -30,8 +30,9 @@ def tiling(offsets: Tensor, size: int) -> Tiling:
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For rows of `counts` items each: the row of every item, and its place in the row."""
-    row = torch.arange(len(counts)).repeat_interleave(counts)
-    return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    place = torch.arange(len(row), device=counts.device)
+    return row, place - (counts.cumsum(0) - counts)[row]
 
 
 def block_of(offsets: Tensor) -> Tensor:
@@ -46,6 +47,6 @@ def real_tokens(grid: TokenGrid, tokens: Tensor, runs: Tiling) -> Tensor:
     """
     if grid.valid_text is None:
         return runs.count[None]
-    real = grid.real(len(grid.valid_text))[:, tokens]
+    real = grid.real(len(grid.valid_text))[:, tokens].to(runs.first.device)
     before = torch.nn.functional.pad(real.cumsum(1), (1, 0))
     return before[:, runs.first + runs.count] - before[:, runs.first]

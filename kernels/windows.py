@@ -35,6 +35,10 @@ class Windows:
         low, size = (table.index_select(1, queries) for table in (self.low, self.size))
         return Windows(low, size, self.place.index_select(1, keys))
 
+    def to(self, device: torch.device) -> "Windows":
+        """The same on another device."""
+        return Windows(self.low.to(device), self.size.to(device), self.place.to(device))
+
 
 def windows(axes: list[tuple[Tensor, Tensor | int, Tensor]]) -> Windows:
     """Windows from `(low, size, place)` of each axis, integers of any dtype, `[tokens]` each."""

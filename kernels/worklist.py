@@ -75,7 +75,9 @@ def worklist(blocks: BlockIndices, block_q: int, block_k: int, device: torch.dev
 
 
 def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.device) -> Worklist:
-    queries, keys = tiling(blocks.query_offsets, block_q), tiling(blocks.key_offsets, block_k)
+    # On the device itself: a list that is found while denoising may have a million entries.
+    queries = tiling(blocks.query_offsets.to(device), block_q)
+    keys = tiling(blocks.key_offsets.to(device), block_k)
     rows = blocks.heads * len(queries)
     real = real_tokens(blocks.grid, blocks.key_sequence, keys)
     rules = predicates(blocks, queries, keys, real, block_k)
@@ -96,8 +98,8 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     counts = (3 * row + section).bincount(minlength=3 * rows)
     listed = torch.where(whole & ~full[tile], -1 - tile, tile)
 
-    cost = counts.view(rows, 3).double() @ torch.tensor([1, _MASKED, _MASKED]).double()
-    cost += _POOLED * groups.bounds.diff() + _ROW
+    cost = counts.view(rows, 3)[:, 0] + _MASKED * counts.view(rows, 3)[:, 1:].sum(1)
+    cost = cost + _POOLED * groups.bounds.diff() + _ROW
     lists = Lists(
         rows=torch.argsort(cost, descending=True, stable=True).int(),
         bounds=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
@@ -135,7 +137,8 @@ def _settled(
     """Rows and tiles of keys without those of which nothing is kept, and which are kept whole."""
     empty, head, query_tile = torch.zeros_like(whole), row // query_tiles, row % query_tiles
     for heads, bounds in rules.bounds:
-        masked = (~whole & torch.isin(head, torch.tensor(heads))).nonzero()[:, 0]
+        own = torch.tensor(heads, device=head.device)
+        masked = (~whole & torch.isin(head, own)).nonzero()[:, 0]
         pairs = query_tile[masked], tile[masked]
         empty[masked], whole[masked] = bounds.empty(*pairs), bounds.whole(*pairs)
     return row[~empty], tile[~empty], whole[~empty]
@@ -153,11 +156,14 @@ def _sequence(
 
 def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Tensor]:
     """Row of a tile of queries, key block and tag of every entry; sorted by row."""
-    heads = torch.arange(blocks.heads)[:, None] * blocks.query_blocks
+    device = queries.block.device
+    lists = (x.to(device) for x in (blocks.row_pointer, blocks.key_block, blocks.tag))
+    row_pointer, key_block, tag = lists
+    heads = torch.arange(blocks.heads, device=device)[:, None] * blocks.query_blocks
     source = (heads + queries.block).flatten()
-    row, within = ragged(blocks.row_pointer.diff()[source])
-    entry = blocks.row_pointer[source][row] + within
-    return row, blocks.key_block[entry], blocks.tag[entry]
+    row, within = ragged(row_pointer.diff()[source])
+    entry = row_pointer[source][row] + within
+    return row, key_block[entry], tag[entry]
 
 
 Table = TypeVar("Table", bound=tuple[Any, ...])
