@@ -118,3 +118,10 @@ def test_jobs_take_turns_and_the_first_turn_does_not_count(
     assert order == ["a", "b"] * 4
     assert found == {"a": 3.0, "b": 2.0}
     assert rounds == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_an_accelerator_gets_calls_in_a_row() -> None:
+    calls: list[str] = []
+    jobs = {name: lambda name=name: calls.append(name) for name in ("one", "other")}
+    interleaved(jobs, 1, torch.device("meta"))
+    assert calls == (["one"] * 10 + ["other"] * 10) * 2
