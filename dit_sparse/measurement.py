@@ -2,7 +2,7 @@
 
 Right: output and LSE of rows from every part of the sequence, against attention written out in
 float64. Long: every job once unmeasured, then all of them in turn, round after round; medians. An
-accelerator gets ten calls in a row, so that launching one is hidden behind the last, as in a model.
+accelerator gets ten calls in a row, so that launching hides behind computing, as in a model.
 """
 
 import time

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from dit_sparse.kernels.attend_triton import attend
+from dit_sparse.kernels.bit_tiles import Bits
 from dit_sparse.kernels.mass_triton import BLOCK_Q, mass
 from dit_sparse.kernels.pooled import Pooled
 from dit_sparse.kernels.predicates import Intervals, Words
@@ -32,6 +33,7 @@ class Variant:
     masked: bool = False
     word_axes: int = 0
     interval_axes: int = 0
+    bits: bool = False
     pooled: bool = False
     skips: bool = False
 
@@ -53,6 +55,7 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
         "lists": _named(Lists, *[_TABLE] * 10, _INT, _INT),
         "words": _named(Words, *[_TABLE] * 6, _INT, _INT),
         "intervals": _named(Intervals, *[_TABLE] * 3, _INT),
+        "bits": _named(Bits, *[_TABLE] * 4),
         "pooled": _named(Pooled, *[_TABLE] * 7, "*fp32", f"*{DTYPE}", f"*{DTYPE}", _INT, _INT),
         "query_strides": _STRIDES,
         "key_strides": _STRIDES,
@@ -72,6 +75,7 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
         "MASKED": variant.masked,
         "WORD_AXES": variant.word_axes,
         "INTERVAL_AXES": variant.interval_axes,
+        "BITS": variant.bits,
         "POOLED": variant.pooled,
         "SKIPS": variant.skips,
         "CUDA": target.kind == "cuda",
@@ -82,7 +86,8 @@ def compile_attend(target: Target, head_dim: int, variant: Variant) -> CompiledK
 
 def tiles_of(target: Target, head_dim: int, variant: Variant) -> Tiles:
     """The tiles of a variant for blocks of 128 x 128 in half precision."""
-    kind = "partial" if variant.masked else "pooled" if variant.pooled else "whole"
+    masked = variant.masked or variant.interval_axes or variant.bits
+    kind = "partial" if masked else "pooled" if variant.pooled else "whole"
     return tiles(target, head_dim, 2, 128, 128, kind)
 
 

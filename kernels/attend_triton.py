@@ -6,9 +6,9 @@
         m, l, o = max(m, s), l' + sum 2^(s - m), o' + 2^(s - m) v
     output = o / l        lse = (m + log2 l) * ln 2        (0 and -inf where l = 0)
 
-A program walks four lists, one after the other, each a loop of its own: whole tiles, which need no
-mask; tiles masked by words; tiles masked by intervals; groups of pooled keys, whose bias (log2 of
-the tokens behind each) is added to `s`.
+A program walks five lists, one after the other, each a loop of its own: whole tiles, which need no
+mask; tiles masked by words, by intervals, by a bit a pair; groups of pooled keys, whose bias (log2
+of the tokens behind each) is added to `s`.
 
 A word holds, for each axis of `Windows`, one bit for each place within the tile of keys. A query's
 word `w` has the bits of the places it sees, a key's word `e` the bits of its own place:
@@ -174,18 +174,19 @@ def _load_axes(table, group, tokens, place, seen, AXES: tl.constexpr):
 @triton.jit
 def attend(
     query, key, value, output, lse,
-    lists, words, intervals, pooled,
+    lists, words, intervals, bits, pooled,
     query_strides, key_strides, value_strides, output_strides,
     factor, bound, heads, queries, keys,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PERMUTED: tl.constexpr, DESCRIPTORS: tl.constexpr, DENSE: tl.constexpr,
     MASKED: tl.constexpr, WORD_AXES: tl.constexpr, INTERVAL_AXES: tl.constexpr,
-    POOLED: tl.constexpr, SKIPS: tl.constexpr, CUDA: tl.constexpr, UPCAST: tl.constexpr,
+    BITS: tl.constexpr, POOLED: tl.constexpr, SKIPS: tl.constexpr,
+    CUDA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """See the head of this file.
 
-    DENSE walks all tiles in sequence, as the yardstick of the static gate. MASKED, INTERVAL_AXES
-    and POOLED say which of the last three lists exist. SKIPS leaves values out by `bound`, in
+    DENSE walks all tiles in sequence, as the yardstick of the static gate. MASKED, INTERVAL_AXES,
+    BITS and POOLED say which of the other lists exist. SKIPS leaves values out by `bound`, in
     powers of two as scores are.
     """
     sample = tl.program_id(1)
@@ -211,8 +212,8 @@ def attend(
         stop = keys // BLOCK_K
         first = 0
     else:
-        start = tl.load(lists.bounds + 3 * row)
-        stop = tl.load(lists.bounds + 3 * row + 1)
+        start = tl.load(lists.bounds + 4 * row)
+        stop = tl.load(lists.bounds + 4 * row + 1)
         first = tl.load(lists.first + start)
     for entry in tl.range(start, stop):
         # Known one tile ahead, or the copies of each tile would wait for where it is.
@@ -231,7 +232,7 @@ def attend(
 
     if MASKED:
         start = stop
-        stop = tl.load(lists.bounds + 3 * row + 2)
+        stop = tl.load(lists.bounds + 4 * row + 2)
         group = tl.load(lists.word_group + head)
         if WORD_AXES > 0:
             low = _load_axes(words.low, group, queries, place, alive, WORD_AXES)
@@ -271,8 +272,8 @@ def attend(
         group = tl.load(lists.interval_group + head)
         low = _load_axes(intervals.low, group, queries, place, alive, INTERVAL_AXES)
         size = _load_axes(intervals.size, group, queries, place, alive, INTERVAL_AXES)
-        start = tl.load(lists.bounds + 3 * row + 2)
-        stop = tl.load(lists.bounds + 3 * row + 3)
+        start = tl.load(lists.bounds + 4 * row + 2)
+        stop = tl.load(lists.bounds + 4 * row + 3)
         for entry in tl.range(start, stop, num_stages=2):
             first = tl.load(lists.first + entry)
             past_end = n >= tl.load(counts + tl.load(lists.tile + entry))
@@ -288,6 +289,32 @@ def attend(
                 offset = (own[None, :] - low[axis][:, None]).to(tl.uint32, bitcast=True)
                 kept = offset < size[axis][:, None].to(tl.uint32, bitcast=True)
                 scores = tl.where(kept, scores, float("-inf"))
+            total, largest, sums = _update(
+                scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
+            )  # fmt: skip
+
+    if BITS:
+        position = tl.load(bits.offset + tile) + m
+        stride = tl.load(bits.stride + tile)
+        start = tl.load(lists.bounds + 4 * row + 3)
+        stop = tl.load(lists.bounds + 4 * row + 4)
+        for entry in tl.range(start, stop, num_stages=2):
+            first = tl.load(lists.first + entry)
+            count = tl.load(
+                lists.key_count + sample * lists.count_stride + tl.load(lists.tile + entry)
+            )
+            at = bits.word + tl.load(bits.at + entry)
+            word = tl.load(
+                at + (n * stride)[None, :] + (position >> 5)[:, None],
+                mask=alive[:, None] & (n < count)[None, :],
+                other=0,
+            )
+            scores, v = _look(
+                q, key, value, key_strides, value_strides, sample, head, first, keys,
+                DESCRIPTORS, False, HEAD_DIM, DIM, BLOCK_K, UPCAST,
+            )  # fmt: skip
+            kept = ((word >> (position & 31)[:, None]) & 1) != 0
+            scores = tl.where(kept, scores, float("-inf"))
             total, largest, sums = _update(
                 scores, v, total, largest, sums, factor, alive, bound, SKIPS, UPCAST,
             )  # fmt: skip

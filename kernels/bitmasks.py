@@ -13,8 +13,11 @@ from torch import Tensor
 
 from dit_sparse.kernels.blocks import PARTIAL, BlockIndices
 from dit_sparse.kernels.pattern import Pattern
+from dit_sparse.kernels.predicates import partial_patterns
 
 WORD = 64
+
+_MOST_BYTES = 256 << 20
 
 Heads = Mapping[Pattern, list[int]]
 """Patterns, and the heads that have each."""
@@ -27,6 +30,24 @@ class BitMasks:
 
     first: Tensor
     words: Tensor
+
+
+def unwindowed(blocks: BlockIndices) -> dict[Pattern, list[int]]:
+    """The patterns that have partial blocks and are not made of windows, and their heads."""
+    partial = partial_patterns(blocks)
+    return {p: heads for p, heads in partial.items() if p.windows(blocks.grid) is None}
+
+
+def refusal(blocks: BlockIndices) -> str | None:
+    """Why the masks of a list's unwindowed patterns are not made, or `None`."""
+    patterns = unwindowed(blocks)
+    masked = mask_bytes(blocks, patterns)
+    if masked <= _MOST_BYTES:
+        return None
+    return (
+        f"{next(iter(patterns))} is not made of intervals, and masks of "
+        f"its partial blocks take {masked >> 20} MiB; at most {_MOST_BYTES >> 20} fit"
+    )
 
 
 def mask_bytes(blocks: BlockIndices, patterns: Heads) -> int:

@@ -24,9 +24,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.bitmasks import unwindowed
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
-from dit_sparse.kernels.predicates import unwindowed
 from dit_sparse.kernels.tiling import ragged
 from dit_sparse.kernels.windows import Windows, everything
 
@@ -167,7 +167,7 @@ def _refusal(blocks: BlockIndices) -> str | None:
         return "pooled keys are not built here"
     if blocks.order is None:
         return "each list of clusters has another number of blocks, and would be compiled anew"
-    pattern = unwindowed(blocks)
+    pattern = next(iter(unwindowed(blocks)), None)
     if pattern is not None:
         return f"{pattern} has partial blocks and is not made of windows"
     return None

@@ -14,20 +14,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.bitmasks import refusal
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
-from dit_sparse.kernels.predicates import unwindowed
 from dit_sparse.kernels.target import Target, interpreter_asked, target_of
 
 MOST_HEAD_DIM = 256
 _OLDEST = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_unwindowed: WeakKeyDictionary[BlockIndices, str | None] = WeakKeyDictionary()
+_refusals: WeakKeyDictionary[BlockIndices, str | None] = WeakKeyDictionary()
 
 
 def supports(call: AttentionCall) -> str | None:
-    """A GPU that Triton knows, half precision or float32, patterns made of intervals."""
+    """A GPU that Triton knows, half precision or float32, masks that are not too large."""
     query = call.query
     if not interpreter_asked() and query.device.type != "cuda":
         return f"runs on NVIDIA and AMD GPUs, the tensors are on {query.device}"
@@ -42,9 +42,9 @@ def supports(call: AttentionCall) -> str | None:
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if query.shape[-1] > MOST_HEAD_DIM:
         return f"takes head_dim up to {MOST_HEAD_DIM}, got {query.shape[-1]}"
-    if call.blocks not in _unwindowed:
-        _unwindowed[call.blocks] = _reason(call.blocks)
-    return _unwindowed[call.blocks]
+    if call.blocks not in _refusals:
+        _refusals[call.blocks] = refusal(call.blocks)
+    return _refusals[call.blocks]
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -56,10 +56,3 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def _version(target: Target) -> str:
     return f"{target.capability // 10}.{target.capability % 10}"
-
-
-def _reason(blocks: BlockIndices) -> str | None:
-    pattern = unwindowed(blocks)
-    if pattern is None:
-        return None
-    return f"pattern {pattern} decides pairs in a way that is not made of intervals"

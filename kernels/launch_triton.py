@@ -40,15 +40,15 @@ def launch(call: AttentionCall) -> tuple[Tensor, Tensor]:
     kernel: Any = attend
     kernel[(work.rows, batch)](
         query, operand(key, sizes), operand(value, sizes), output, lse,
-        work.lists, rules.words, rules.intervals, pooled,
+        work.lists, rules.words, rules.intervals, work.bits, pooled,
         query.stride(), key.stride(), value.stride(), output.stride(),
         scale / math.log(2), bound, heads, queries, key.shape[1],
         HEAD_DIM=head_dim, DIM=padded_dim(head_dim),
         BLOCK_Q=sizes.block_q, BLOCK_K=sizes.block_k,
         PERMUTED=work.permuted, DESCRIPTORS=sizes.descriptors, DENSE=False,
         MASKED=work.masked, WORD_AXES=rules.word_axes, INTERVAL_AXES=rules.interval_axes,
-        POOLED=len(pooled.entry) > 0, SKIPS=skips, CUDA=_target(call).kind == "cuda",
-        UPCAST=interpreting(),
+        BITS=len(work.bits.word) > 0, POOLED=len(pooled.entry) > 0, SKIPS=skips,
+        CUDA=_target(call).kind == "cuda", UPCAST=interpreting(),
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return output, lse

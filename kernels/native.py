@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, mask_bytes
+from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, refusal, unwindowed
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.compiler import instruction_sets, library
@@ -27,7 +27,6 @@ from dit_sparse.kernels.sample import segments
 from dit_sparse.kernels.windows import Windows, everything
 
 _TILE = 64  # TILE of cpp/product.h
-_MOST_MASK_BYTES = 256 << 20
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -287,7 +286,6 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
     patterns: tuple[Pattern | None, ...] = blocks.patterns or (None,) * blocks.heads
     partial = partial_patterns(blocks)
     kept = {p: p.windows(grid) if p in partial else None for p in dict.fromkeys(patterns)}
-    unwindowed = {p: heads for p, heads in partial.items() if kept[p] is None}
     windowed = {p: own or everything(grid.tokens) for p, own in kept.items()}
     if blocks.sharded:
         rows = blocks.query_raster, blocks.key_raster
@@ -302,13 +300,9 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
     if grid.valid_text is not None:
         hidden = ~grid.real(len(grid.valid_text)).index_select(1, blocks.key_raster)
     rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
-    masked, refusal = mask_bytes(blocks, unwindowed), None
-    if masked > _MOST_MASK_BYTES:
-        refusal = (
-            f"{next(iter(unwindowed))} is not made of intervals, and masks of "
-            f"its partial blocks take {masked >> 20} MiB; at most {_MOST_MASK_BYTES >> 20} fit"
-        )
-    return _Prepared(refusal, windows, list(windowed.values()), rows, hidden, unwindowed)
+    refused = refusal(blocks)
+    masked = unwindowed(blocks)
+    return _Prepared(refused, windows, list(windowed.values()), rows, hidden, masked)
 
 
 @cache

@@ -78,24 +78,18 @@ def partial_patterns(blocks: BlockIndices) -> dict[Pattern, list[int]]:
     return found
 
 
-def unwindowed(blocks: BlockIndices) -> Pattern | None:
-    """The first pattern that has partial blocks and is not made of windows."""
-    for pattern in partial_patterns(blocks):
-        if pattern.windows(blocks.grid) is None:
-            return pattern
-    return None
-
-
 def predicates(
     blocks: BlockIndices, queries: Tiling, keys: Tiling, real: Tensor, block_k: int
 ) -> Predicates:
-    """The tables for tiles of at most `block_k` keys, of which `real` are not padded text."""
+    """The tables for tiles of at most `block_k` keys, of which `real` are not padded text; for the
+    patterns that are made of windows."""
     groups: tuple[list[_Group], list[_Group]] = [], []
     bounds, device = [], keys.first.device
     numbers = torch.full((2, blocks.heads), -1, device=device)
     for pattern, heads in partial_patterns(blocks).items():
         windows = pattern.windows(blocks.grid)
-        assert windows is not None, f"{pattern} has no windows; the backend refuses it"
+        if windows is None:
+            continue
         own = windows.of(blocks.query_sequence, blocks.key_sequence).to(device)
         bounds.append((heads, tile_bounds(own, queries, keys)))
         video = ~is_text(blocks.grid, blocks.key_sequence.to(device)[keys.first])

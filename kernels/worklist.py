@@ -2,6 +2,7 @@
 
     blocks of queries and keys -> tiles of at most block_q x block_k tokens, never across a block
     a row: one head's tile of queries; its lists: whole tiles | masked ones | those by intervals
+           | those by bits
 
 Tiles that are short or hold padded text are listed with the masked ones; as `-1 - tile` where the
 pattern keeps them whole. Everything is computed once for a BlockIndices and a device, and kept as
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.bit_tiles import Bits, bit_heads, bit_tiles
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.order import ORDERS, raster
 from dit_sparse.kernels.pooled import Pooled, Runs, pooled
@@ -26,9 +28,11 @@ from dit_sparse.kernels.tiling import Tiling, ragged, real_tokens, tiling
 # none; by instruction counts. They only decide which rows start first.
 _MASKED, _POOLED, _ROW = 1.5, 3.5, 0.3
 
+_SECTIONS = 4
+
 
 class Lists(NamedTuple):
-    """int32. rows `[rows]`: longest first. bounds `[3 * rows + 1]`: the three lists of each row,
+    """int32. rows `[rows]`: longest first. bounds `[4 * rows + 1]`: the four lists of each row,
     in `first` (the first position of a tile of keys) and `tile`. query_first, query_count
     `[query tiles]`. key_count `[batch or 1, key tiles]`: real keys. permutation `[queries]`.
     word_group, interval_group `[heads]`."""
@@ -54,6 +58,7 @@ class Worklist:
 
     lists: Lists
     predicates: Predicates
+    bits: Bits
     pooled: Pooled
     runs: Runs
     key_permutation: Tensor
@@ -81,24 +86,29 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     rows = blocks.heads * len(queries)
     real = real_tokens(blocks.grid, blocks.key_sequence, keys)
     rules = predicates(blocks, queries, keys, real, block_k)
-    row, key_block, tag = _entries(blocks, queries)
+    row, source, key_block, tag = _entries(blocks, queries)
     runs, groups = pooled(blocks, row, key_block, tag, rows, block_k)
 
     tile_counts = keys.block.bincount(minlength=blocks.key_blocks)
     unpooled = tag <= WHOLE
-    row, key_block, tag = row[unpooled], key_block[unpooled].long(), tag[unpooled]
+    row, source, key_block, tag = (x[unpooled] for x in (row, source, key_block.long(), tag))
     entry, within = ragged(tile_counts[key_block])
     tile = (tile_counts.cumsum(0) - tile_counts)[key_block[entry]] + within
-    row, whole = row[entry], tag[entry] == WHOLE
-    row, tile, whole = _settled(rules, row, tile, whole, len(queries))
+    row, source, whole = row[entry], source[entry], tag[entry] == WHOLE
+    empty = _settle(rules, row, tile, whole, len(queries))
+    row, source, tile, whole = (x[~empty] for x in (row, source, tile, whole))
     full = (real == block_k).all(0)
-    by_interval = (rules.interval_group >= 0)[row // len(queries)]
-    section = torch.where(whole, torch.where(full[tile], 0, 1), torch.where(by_interval, 2, 1))
-    order = torch.argsort(3 * row + section, stable=True)
-    counts = (3 * row + section).bincount(minlength=3 * rows)
+    kind = torch.where(rules.interval_group >= 0, 2, 1)
+    kind[bit_heads(blocks)] = 3
+    section = torch.where(whole, torch.where(full[tile], 0, 1), kind[row // len(queries)])
+    order = torch.argsort(_SECTIONS * row + section, stable=True)
+    counts = (_SECTIONS * row + section).bincount(minlength=_SECTIONS * rows)
+    places = (x[order] for x in (source, row % len(queries), tile))
+    bits = bit_tiles(blocks, queries, keys, *places)
     listed = torch.where(whole & ~full[tile], -1 - tile, tile)
 
-    cost = counts.view(rows, 3)[:, 0] + _MASKED * counts.view(rows, 3)[:, 1:].sum(1)
+    counted = counts.view(rows, _SECTIONS)
+    cost = counted[:, 0] + _MASKED * counted[:, 1:].sum(1)
     cost = cost + _POOLED * groups.bounds.diff() + _ROW
     lists = Lists(
         rows=torch.argsort(cost, descending=True, stable=True).int(),
@@ -122,6 +132,7 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
             words=_moved(rules.words, device),
             intervals=_moved(rules.intervals, device),
         ),
+        bits=bits,
         pooled=_moved(groups, device),
         runs=_moved(runs, device),
         key_permutation=_sequence(blocks, blocks.keys, blocks.key_permutation, device),
@@ -131,17 +142,17 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     )
 
 
-def _settled(
+def _settle(
     rules: Predicates, row: Tensor, tile: Tensor, whole: Tensor, query_tiles: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and tiles of keys without those of which nothing is kept, and which are kept whole."""
+) -> Tensor:
+    """Marks in `whole` masked tiles of keys that are kept whole; returns where none is kept."""
     empty, head, query_tile = torch.zeros_like(whole), row // query_tiles, row % query_tiles
     for heads, bounds in rules.bounds:
         own = torch.tensor(heads, device=head.device)
         masked = (~whole & torch.isin(head, own)).nonzero()[:, 0]
         pairs = query_tile[masked], tile[masked]
         empty[masked], whole[masked] = bounds.empty(*pairs), bounds.whole(*pairs)
-    return row[~empty], tile[~empty], whole[~empty]
+    return empty
 
 
 def _sequence(
@@ -154,8 +165,9 @@ def _sequence(
     return ORDERS.get(key, lambda: permutation.int().to(device))
 
 
-def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-    """Row of a tile of queries, key block and tag of every entry; sorted by row."""
+def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row of a tile of queries, place in the list, key block and tag of every entry; sorted by
+    row."""
     device = queries.block.device
     lists = (x.to(device) for x in (blocks.row_pointer, blocks.key_block, blocks.tag))
     row_pointer, key_block, tag = lists
@@ -163,7 +175,7 @@ def _entries(blocks: BlockIndices, queries: Tiling) -> tuple[Tensor, Tensor, Ten
     source = (heads + queries.block).flatten()
     row, within = ragged(row_pointer.diff()[source])
     entry = row_pointer[source][row] + within
-    return row, key_block[entry], tag[entry]
+    return row, entry, key_block[entry], tag[entry]
 
 
 Table = TypeVar("Table", bound=tuple[Any, ...])

@@ -113,6 +113,7 @@ def table(data: dict[str, Any]) -> str:
         f"{', '.join(machine['accelerators']) or machine['processor']}; "
         f"torch {packages['torch']}, Triton {packages['triton']}, "
         f"diffusers {packages['diffusers']}; revision {data['environment']['revision']}.",
+        *(f"Refused: {name}: {reason}." for name, reason in data["refused"].items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -132,9 +133,16 @@ def main() -> None:
         plans[name] = Plan.preset(name, pipe, grid=GRID, steps=asked.steps)
     times: dict[str, list[float]] = {name: [] for name in plans}
     reports: dict[str, AttentionReport | None] = {}
+    refused: dict[str, str] = {}
     for _ in range(asked.repeats + 1):
         for name, plan in plans.items():
-            seconds, reports[name] = run(pipe, plan, asked.steps)
+            if name in refused:
+                continue
+            try:
+                seconds, reports[name] = run(pipe, plan, asked.steps)
+            except ValueError as error:
+                refused[name] = str(error)
+                continue
             times[name].append(seconds)
             print(f"{name}: {seconds:.2f} s", flush=True)
     dense = median(times[DENSE][1:])
@@ -142,7 +150,8 @@ def main() -> None:
         "model": "Wan 2.1 1.3B, random weights, 480 x 832, 81 frames, bfloat16, guided",
         "steps": asked.steps,
         "repeats": asked.repeats,
-        "rows": [row(name, median(times[name][1:]), dense, reports[name]) for name in plans],
+        "rows": [row(name, median(times[name][1:]), dense, reports[name]) for name in reports],
+        "refused": refused,
         "environment": environment(),
     }
     for path, text in (

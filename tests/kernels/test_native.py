@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse.kernels import compiler, native
+from dit_sparse.kernels import bitmasks, compiler, native
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import block_indices, from_block_mask
 from dit_sparse.kernels.grid import TokenGrid
@@ -150,7 +150,7 @@ def test_no_samples_and_strange_strides(operands):
 
 
 def test_masks_that_are_too_large_are_refused(operands, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "_MOST_MASK_BYTES", 1 << 10)
+    monkeypatch.setattr(bitmasks, "_MOST_BYTES", 1 << 10)
     query, key, value = operands(GRID.tokens, len(PATTERNS))
     blocks = block_indices(PATTERNS, GRID, Band(40).order, 100, 48)
     message = (

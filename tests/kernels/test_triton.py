@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse.kernels import gpu, target
+from dit_sparse.kernels import bitmasks, gpu, target
 from dit_sparse.kernels.blocks import BlockIndices, block_indices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import tile
-from dit_sparse.kernels.pattern import Full, Neighborhood, Skip
+from dit_sparse.kernels.pattern import Full, Radial, Skip
 from dit_sparse.kernels.sample import sampled_rows
 from dit_sparse.kernels.target import Target, Tiles, target_of, tiles
 from dit_sparse.kernels.worklist import _kept, worklist
@@ -84,14 +84,16 @@ def test_refusals(pretended, head_dim, dtype, reason, monkeypatch: pytest.Monkey
     assert came == reason or (came and reason and came.startswith(reason))
 
 
-def test_refuses_patterns_without_windows(monkeypatch: pytest.MonkeyPatch):
+def test_refuses_masks_that_are_too_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gpu, "find_spec", lambda name: name)
     monkeypatch.setattr(gpu, "target_of", lambda device: Target("interpreter"))
-    monkeypatch.setattr(Neighborhood, "windows", lambda self, grid: None)
-    blocks = block_indices([Full(), Neighborhood((1, 3, 3))], GRID)
-    expected = "pattern neighborhood 1x3x3 decides pairs in a way that is not made of intervals"
-    assert gpu.supports(a_call(blocks)) == expected
+    blocks = block_indices([Full(), Radial()], GRID)
+    assert gpu.supports(a_call(blocks)) is None
+    monkeypatch.setattr(bitmasks, "_MOST_BYTES", 1 << 9)
+    again = block_indices([Full(), Radial()], GRID)
+    expected = "radial is not made of intervals, and masks of its partial blocks take 0 MiB; at"
+    assert (gpu.supports(a_call(again)) or "").startswith(expected)
 
 
 def test_a_cpu_has_no_target():

@@ -26,7 +26,16 @@ from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.counts import cut
 from dit_sparse.kernels.grid import TokenGrid
 from dit_sparse.kernels.order import pixel_major, raster, tile
-from dit_sparse.kernels.pattern import Band, Columns, Full, Neighborhood, Skip
+from dit_sparse.kernels.pattern import (
+    AnyOf,
+    Band,
+    Columns,
+    Full,
+    Neighborhood,
+    Radial,
+    Sink,
+    Skip,
+)
 from dit_sparse.kernels.shard import Shard
 from dit_sparse.kernels.target import Tiles
 from tests.kernels.shards import GRID as SHARDED
@@ -110,6 +119,20 @@ def test_bands_columns_and_boxes_in_one_launch(order):
     grid = TokenGrid(2, 5, 6, text_before=5, text_after=3)
     heads = [Band(11), Columns((1, 3), 16, (2, 5, 6)), BOXES[0], Band(4, "pixel_major")]
     check(block_indices(heads, grid, order, 32, 32), 32, torch.float32, 1)
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 24), (48, 32), (128, 64), (100, 16)])
+@pytest.mark.parametrize(("tile_q", "tile_k"), [(128, 128), (32, 16)])
+def test_patterns_without_windows_are_bits(
+    block_q: int, block_k: int, tile_q: int, tile_k: int, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = Tiles(min(tile_q, 1 << (block_q - 1).bit_length()), tile_k, 4, 2, False)
+    monkeypatch.setattr("dit_sparse.kernels.launch_triton.tiles", lambda *_: sizes)
+    grid = TokenGrid(3, 5, 9, text_after=5)
+    union = AnyOf((Band(3, "pixel_major"), Sink(1)))
+    heads = [Radial(), BOXES[0], Band(11), union, Full(), Skip(), Radial()]
+    order = tile(2, 3, 4) if block_k == 32 else raster()
+    check(block_indices(heads, grid, order, block_q, block_k), 40, torch.float32, 2)
 
 
 def test_windows_too_wide_for_words_are_intervals():
