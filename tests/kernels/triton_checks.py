@@ -121,18 +121,17 @@ def test_bands_columns_and_boxes_in_one_launch(order):
     check(block_indices(heads, grid, order, 32, 32), 32, torch.float32, 1)
 
 
-@pytest.mark.parametrize(("block_q", "block_k"), [(16, 24), (48, 32), (128, 64), (100, 16)])
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 24), (100, 32)])
 @pytest.mark.parametrize(("tile_q", "tile_k"), [(128, 128), (32, 16)])
 def test_patterns_without_windows_are_bits(
     block_q: int, block_k: int, tile_q: int, tile_k: int, monkeypatch: pytest.MonkeyPatch
 ):
     sizes = Tiles(min(tile_q, 1 << (block_q - 1).bit_length()), tile_k, 4, 2, False)
     monkeypatch.setattr("dit_sparse.kernels.launch_triton.tiles", lambda *_: sizes)
-    grid = TokenGrid(3, 5, 9, text_after=5)
-    union = AnyOf((Band(3, "pixel_major"), Sink(1)))
-    heads = [Radial(), BOXES[0], Band(11), union, Full(), Skip(), Radial()]
-    order = tile(2, 3, 4) if block_k == 32 else raster()
-    check(block_indices(heads, grid, order, block_q, block_k), 40, torch.float32, 2)
+    grid = TokenGrid(3, 5, 8, text_after=5)
+    heads = [Radial(), BOXES[0], AnyOf((Band(3, "pixel_major"), Sink(1))), Band(11)]
+    order = tile(3, 3, 4) if block_k == 32 else raster()
+    check(block_indices(heads, grid, order, block_q, block_k), 40, torch.float32, 1)
 
 
 def test_windows_too_wide_for_words_are_intervals():
