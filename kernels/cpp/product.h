@@ -6,10 +6,13 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+#include <type_traits>
+
 #include "vector.h"
 
 constexpr int TILE = 64;  // queries
-constexpr int ROWS = 4;   // a register tile: ROWS scalars by WIDE vectors
+constexpr int TALL = 6, SHORT = 4;  // register tiles: so many scalars by WIDE vectors
 
 constexpr int padded(int count, int multiple) {
   return (count + multiple - 1) / multiple * multiple;
@@ -47,7 +50,7 @@ struct Pairs {
 #endif
 
 // to[ROWS][WIDE vectors] (+)= sum over k: x[k][...] * words[row * row_stride + k * depth_stride]
-template <class Mode, bool ACCUMULATE>
+template <class Mode, bool ACCUMULATE, int ROWS>
 INLINE void register_tile(const float* x, const float* words, int64_t row_stride,
                           int64_t depth_stride, int depth, float* to) {
   Vector sums[ROWS][WIDE];
@@ -73,14 +76,20 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
     for (int w = 0; w < WIDE; w++) store(to + r * TILE + w * LANES, sums[r][w]);
 }
 
-// The product for `rows` rows, which are laid out up to a multiple of ROWS.
+// The product for `rows` rows, which are laid out up to a multiple of SHORT.
 template <class Mode, bool ACCUMULATE>
 static void product(const float* x, const float* words, int64_t row_stride, int64_t depth_stride,
                     int depth, float* to, int rows) {
-  for (int row = 0; row < rows; row += ROWS)
-    for (int q = 0; q < TILE; q += WIDE * LANES)
-      register_tile<Mode, ACCUMULATE>(x + q, words + row * row_stride, row_stride, depth_stride,
-                                      depth, to + row * TILE + q);
+  auto tiles = [&](auto height, int row, int end) {
+    for (; row < end; row += height)
+      for (int q = 0; q < TILE; q += WIDE * LANES)
+        register_tile<Mode, ACCUMULATE, height>(x + q, words + row * row_stride, row_stride,
+                                                depth_stride, depth, to + row * TILE + q);
+  };
+  rows = std::max(padded(rows, 2), SHORT);
+  const int low = (TALL - rows % TALL) / 2 % 3 * SHORT;  // what is left is a multiple of TALL
+  tiles(std::integral_constant<int, SHORT>{}, 0, low);
+  tiles(std::integral_constant<int, TALL>{}, low, rows);
 }
 
 #if defined(__AMX_BF16__)
