@@ -76,22 +76,6 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
     for (int w = 0; w < WIDE; w++) store(to + r * TILE + w * LANES, sums[r][w]);
 }
 
-// The product for `rows` rows, which are laid out up to a multiple of SHORT.
-template <class Mode, bool ACCUMULATE>
-static void product(const float* x, const float* words, int64_t row_stride, int64_t depth_stride,
-                    int depth, float* to, int rows) {
-  auto tiles = [&](auto height, int row, int end) {
-    for (; row < end; row += height)
-      for (int q = 0; q < TILE; q += WIDE * LANES)
-        register_tile<Mode, ACCUMULATE, height>(x + q, words + row * row_stride, row_stride,
-                                                depth_stride, depth, to + row * TILE + q);
-  };
-  rows = std::max(padded(rows, 2), SHORT);
-  const int low = (TALL - rows % TALL) / 2 % 3 * SHORT;  // what is left is a multiple of TALL
-  tiles(std::integral_constant<int, SHORT>{}, 0, low);
-  tiles(std::integral_constant<int, TALL>{}, low, rows);
-}
-
 #if defined(__AMX_BF16__)
 // Two bfloat16 a word, in tiles of 16 rows by 16 words.
 struct Tiles : Pairs {
@@ -118,9 +102,9 @@ struct Tiles : Pairs {
   };
 };
 
-template <bool ACCUMULATE>
+template <bool ACCUMULATE, class Beside>
 static void product_of_tiles(const float* x, const float* words, int64_t row_stride, int depth,
-                             float* to, int rows) {
+                             float* to, int rows, const Beside& beside) {
   constexpr int64_t WIDTH = TILE * sizeof(float);
   const int64_t stride = row_stride * sizeof(float);
   for (int row = 0; row < rows; row += 32)
@@ -151,18 +135,39 @@ static void product_of_tiles(const float* x, const float* words, int64_t row_str
       _tile_stored(1, corner + 16, WIDTH);
       _tile_stored(2, corner + 16 * TILE, WIDTH);
       _tile_stored(3, corner + 16 * TILE + 16, WIDTH);
+      beside();
     }
 }
-
-template <>
-void product<Tiles, false>(const float* x, const float* words, int64_t row_stride, int64_t,
-                           int depth, float* to, int rows) {
-  product_of_tiles<false>(x, words, row_stride, depth, to, rows);
-}
-
-template <>
-void product<Tiles, true>(const float* x, const float* words, int64_t row_stride, int64_t,
-                          int depth, float* to, int rows) {
-  product_of_tiles<true>(x, words, row_stride, depth, to, rows);
-}
 #endif
+
+constexpr auto NOTHING = [] {};
+
+// The product for `rows` rows, which are laid out up to a multiple of SHORT. Does `beside` after
+// each register tile.
+template <class Mode, bool ACCUMULATE, class Beside = decltype(NOTHING)>
+static void product(const float* x, const float* words, int64_t row_stride, int64_t depth_stride,
+                    int depth, float* to, int rows, const Beside& beside = NOTHING) {
+#if defined(__AMX_BF16__)
+  if constexpr (Mode::TURNED)
+    return product_of_tiles<ACCUMULATE>(x, words, row_stride, depth, to, rows, beside);
+#endif
+  auto tiles = [&](auto height, int row, int end) {
+    for (; row < end; row += height)
+      for (int q = 0; q < TILE; q += WIDE * LANES) {
+        register_tile<Mode, ACCUMULATE, height>(x + q, words + row * row_stride, row_stride,
+                                                depth_stride, depth, to + row * TILE + q);
+        beside();
+      }
+  };
+  rows = std::max(padded(rows, 2), SHORT);
+  const int low = (TALL - rows % TALL) / 2 % 3 * SHORT;  // what is left is a multiple of TALL
+  tiles(std::integral_constant<int, SHORT>{}, 0, low);
+  tiles(std::integral_constant<int, TALL>{}, low, rows);
+}
+
+// How often a product of so many rows does what is beside it.
+template <class Mode>
+constexpr int besides(int rows) {
+  return Mode::TURNED ? padded(rows, 32) / 32 * (TILE / 32)
+                      : (rows + TALL - 1) / TALL * (TILE / (WIDE * LANES));
+}

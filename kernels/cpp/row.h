@@ -10,77 +10,15 @@
 // order of tokens, and widened or paired, once for all tiles of queries of the block.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <utility>
-#include <vector>
 
-#include "call.h"
-#include "product.h"
-
-constexpr int STEP = 64;   // keys
-constexpr int VECTORS = TILE / LANES;
-constexpr int AXES = 4;
-constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
+#include "ahead.h"
+#include "scratch.h"
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
 constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
 constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
-
-// The queries of a tile, and what is summed up for them while their row is visited.
-struct Tile {
-  int count;
-  int64_t tokens[TILE];
-  float *queries, *sums;                                     // [depth][TILE], [head_dim][TILE]
-  alignas(64) float largest[TILE], total[TILE];
-  alignas(64) float peak[TILE];                              // the true maximum, for pv_skip
-  alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
-  int64_t known[AXES][SLOTS];
-  alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
-};
-
-// Everything that one thread works on; its size does not depend on the number of tokens.
-template <class Mode>
-struct Scratch {
-  const int depth, width;  // words of a key, elements of a value, as they are laid out
-  std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
-  float *keys, *values, *woven, *scores, *weights, *rows;
-  int64_t positions[STEP];
-  const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
-  float bias[STEP];
-  float* found;                 // `more` words, in multiples of TILE
-  std::vector<std::unique_ptr<Tile>> tiles;
-
-  Scratch(int head_dim, int64_t block_q, int64_t more = 0)
-      : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
-        width(padded(head_dim, Mode::PAD)),
-        tiles((block_q + TILE - 1) / TILE) {
-    const size_t words = (size_t)STEP * (depth + 3 * width) + 2 * STEP * TILE +
-                         (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
-                         (size_t)more;
-    memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
-    if (!memory) throw std::bad_alloc();
-    memset(memory.get(), 0, words * sizeof(float));
-    float* next = memory.get();
-    auto take = [&](size_t count) { return std::exchange(next, next + count); };
-    keys = take((size_t)STEP * depth);
-    values = take((size_t)STEP * width);
-    woven = take((size_t)STEP * 2 * width);
-    scores = take(STEP * TILE);
-    weights = take(STEP * TILE);
-    rows = take((size_t)TILE * width);
-    found = take((size_t)more);
-    for (auto& tile : tiles) {
-      tile.reset(new Tile);
-      tile->queries = take((size_t)depth * TILE);
-      tile->sums = take((size_t)width * TILE);
-    }
-  }
-};
 
 // One head of one sample, and how its tensors are read.
 template <class Mode, class Element>
@@ -161,12 +99,22 @@ struct Row : Reader<Mode, Element> {
   const float bound;  // how far below their maximum scores lie whose values are left out
   int tiles = 0, keys = 0;
   bool partial = false, pooled = false;
+  int64_t taken = 0;  // keys, padded text among them
+  Walk walk;          // over keys that were asked for
+  Ahead ahead;
+  const int64_t block, next_row;
+  int64_t after = 0;  // queries of this row and the next whose memory was asked for
 
-  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
+  // `next_row` is likely to be the one that this thread turns to.
+  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row, int64_t next_row)
       : Reader<Mode, Element>(call, scratch, sample, row / call.query_blocks),
         windows(call.windows[head]),
-        bound((float)call.pv_skip * LOG2_E) {
-    const int64_t block = row % call.query_blocks, end = call.query_offsets[block + 1];
+        bound((float)call.pv_skip * LOG2_E),
+        walk(call, row),
+        ahead(call.head_dim * sizeof(Element)),
+        block(row % call.query_blocks),
+        next_row(next_row) {
+    const int64_t end = call.query_offsets[block + 1];
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
     for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
@@ -206,6 +154,7 @@ struct Row : Reader<Mode, Element> {
     partial = tag == PARTIAL;
     for (int64_t first = start; first < end; first += run) {
       int64_t tokens[1 << 7], count = 0;
+      taken++;
       for (int64_t i = first; i < std::min(first + run, end); i++)
         if (!hidden || !hidden[call.key_permutation[i]]) tokens[count++] = call.key_permutation[i];
       if (!count) continue;
@@ -232,11 +181,13 @@ struct Row : Reader<Mode, Element> {
   // Let every tile of queries look at the keys that were taken.
   void step() {
     const float* values = nullptr;
+    look_ahead();
+    const auto beside = [this] { ahead.some(); };
     const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
-                           scratch.scores, keys);
+                           scratch.scores, keys, beside);
       if (!(partial ? soften<true>(tile, i) : soften<false>(tile, i))) continue;
       if constexpr (Mode::PACKED == 2)
         values = values ? values : weave();
@@ -244,10 +195,38 @@ struct Row : Reader<Mode, Element> {
         values = scratch.values;
       product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
                           Mode::TURNED ? STEP / 2 : 1, scratch.width, packs, tile.sums,
-                          call.head_dim);
+                          call.head_dim, beside);
     }
     keys = 0;
     pooled = false;
+  }
+
+  // What the next step reads; before the last ones, outputs and what the next row begins with.
+  void look_ahead() {
+    ahead.clear();
+    walk.on(taken, [](int64_t) {});
+    walk.on(taken + STEP, [this](int64_t token) {
+      ahead.add(this->at(call.key, token));
+      ahead.add(this->at(call.value, token));
+    });
+    const int64_t left = walk.end - walk.entry;
+    if (left <= 2) {
+      const Reader<Mode, Element> next(call, scratch, sample, next_row / call.query_blocks);
+      auto add = [&](const Reader<Mode, Element>& of, const Operand& operand, int64_t number) {
+        const int64_t at = call.query_offsets[number] + after;
+        if (at < call.query_offsets[number + 1]) ahead.add(of.at(operand, call.permutation[at]));
+      };
+      for (int i = 0; i < STEP / 2; i++, after++) {
+        add(*this, call.output, block);
+        add(next, call.query, next_row % call.query_blocks);
+      }
+      if (!left)
+        Walk(call, next_row).on(STEP, [&](int64_t token) {
+          ahead.add(next.at(call.key, token));
+          ahead.add(next.at(call.value, token));
+        });
+    }
+    ahead.spread(tiles * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
   }
 
   // Values of neighboring keys side by side in a word; by depth and then key where TURNED.
