@@ -24,27 +24,35 @@ constexpr int padded(int count, int multiple) {
 
 // One float32 a word.
 struct Single {
-  static constexpr int PACKED = 1, PAD = 16;
+  static constexpr int PACKED = 1, PAD = 16, APART = 1;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) { return sum + x * all(*word); }
 };
 
 #if defined(__AVX512BF16__)
-// Two bfloat16 a word: neighbors in depth, multiplied and added in one instruction.
+// Two bfloat16 a word, multiplied and added in one instruction: of keys, neighbors in head_dim; of
+// values and weights, keys that lie APART, so that neither is permuted.
 struct Pairs {
-  static constexpr int PACKED = 2, PAD = 16;
+  static constexpr int PACKED = 2, PAD = 32, APART = 16;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_ps(*word));
   }
+  // Rounded, halves up.
   INLINE Vector paired(Vector first, Vector second) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                           16, 0);
-    return (Vector)_mm512_permutexvar_epi16(woven, both);
+    const Bits low = (Bits)first + 0x8000, high = (Bits)second + 0x8000;
+    return (Vector)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)low, 16),
+                                           (__m512i)high);
+  }
+  // Values of 2 APART keys, as words of pairs.
+  static void weave(const Half* values, int64_t stride, int width, float* to) {
+    for (int pair = 0; pair < APART; pair++) {
+      const Half *a = values + pair * stride, *b = a + APART * stride;
+      uint32_t* words = (uint32_t*)to + pair * width;
+      for (int d = 0; d < width; d++) words[d] = a[d] | (uint32_t)b[d] << 16;
+    }
   }
 };
 #endif
@@ -79,8 +87,24 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
 #if defined(__AMX_BF16__)
 // Two bfloat16 a word, in tiles of 16 rows by 16 words.
 struct Tiles : Pairs {
-  static constexpr int PAD = 32;
   static constexpr bool TURNED = true;
+
+  // Those words by depth; so many lie between depths.
+  static void weave(const Half* values, int64_t stride, int width, float* to, int64_t between) {
+    constexpr int LANE = 4;  // words that stay together
+    for (int d = 0; d < width; d += 2 * LANES)
+      for (int half = 0; half < 2; half++) {
+        Vector rows[LANES];
+        for (int pair = 0; pair < APART; pair++) {
+          const Half* at = values + pair * stride + d;
+          const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + APART * stride);
+          rows[pair] = (Vector)(half ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+        }
+        transpose(rows);
+        for (int i = 0; i < LANES; i++)
+          store(to + (d + (i / LANE * 2 + half) * LANE + i % LANE) * between, rows[i]);
+      }
+  }
 
   // Linux gives the tile registers to a process that asks for them.
   static bool granted() {

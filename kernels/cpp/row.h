@@ -183,7 +183,7 @@ struct Row : Reader<Mode, Element> {
     const float* values = nullptr;
     look_ahead();
     const auto beside = [this] { ahead.some(); };
-    const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
+    const int packs = padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED;
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
@@ -229,24 +229,18 @@ struct Row : Reader<Mode, Element> {
     ahead.spread(tiles * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
   }
 
-  // Values of neighboring keys side by side in a word; by depth and then key where TURNED.
+  // Values of two keys side by side in a word; by depth and then key where TURNED.
   const float* weave() {
-    const int end = Mode::TURNED ? padded(keys, Mode::PAD) : padded(keys, 2);
-    for (int key = keys; key < end; key++)
-      memset(scratch.values + (int64_t)key * scratch.width, 0, scratch.width * sizeof(float));
-    for (int key = 0; key < end; key += 2) {
-      const Half* a = (const Half*)(scratch.values + (int64_t)key * scratch.width);
-      const Half* b = (const Half*)(scratch.values + (int64_t)(key + 1) * scratch.width);
-      uint32_t* to = (uint32_t*)scratch.woven + (int64_t)key / 2 * scratch.width;
-      for (int d = 0; d < scratch.width; d++) to[d] = a[d] | (uint32_t)b[d] << 16;
+    const int width = scratch.width, end = padded(keys, 2 * Mode::APART);
+    memset(scratch.values + (int64_t)keys * width, 0, (end - keys) * width * sizeof(float));
+    for (int key = 0; key < end; key += 2 * Mode::APART) {
+      const Half* values = (const Half*)(scratch.values + (int64_t)key * width);
+      if constexpr (Mode::TURNED)
+        Mode::weave(values, 2 * width, width, scratch.woven + key / 2, STEP / 2);
+      else
+        Mode::weave(values, 2 * width, width, scratch.woven + key / 2 * width);
     }
-    if (!Mode::TURNED) return scratch.woven;
-    float* turned = scratch.woven + (int64_t)STEP * scratch.width;
-    for (int d = 0; d < scratch.width; d += LANES)
-      for (int pair = 0; pair < end / 2; pair += LANES)
-        transpose(scratch.woven + (int64_t)pair * scratch.width + d, scratch.width,
-                  turned + d * (STEP / 2) + pair, STEP / 2);
-    return turned;
+    return scratch.woven;
   }
 
   // Scores to weights; what was summed up before is scaled down where a maximum grew. Returns
@@ -254,7 +248,9 @@ struct Row : Reader<Mode, Element> {
   template <bool MASKED>
   bool soften(Tile& tile, int number) {
     constexpr bool ROUGH = Mode::PACKED == 2;
-    const bool changed = MASKED || pooled;
+    constexpr int APART = Mode::APART;
+    const int end = padded(keys, APART * Mode::PACKED);
+    const bool changed = MASKED || pooled || keys < end;
     Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
     for (int key = 0; key < keys; key++) {
@@ -277,6 +273,8 @@ struct Row : Reader<Mode, Element> {
         largest[v] = larger(score, largest[v]);
       }
     }
+    for (int key = keys; key < end; key++)
+      for (int v = 0; v < VECTORS; v++) store(scratch.scores + key * TILE + v * LANES, all(HIDDEN));
     const Vector unit = all(changed ? 1.f : this->factor);
     Bits grew = {};
     for (int v = 0; v < VECTORS; v++) {
@@ -288,24 +286,22 @@ struct Row : Reader<Mode, Element> {
     for (int v = 0; v < VECTORS; v++) {
       const Vector top = load(tile.largest + v * LANES);
       Vector total = load(tile.total + v * LANES);
-      for (int key = 0; key < keys; key += Mode::PACKED) {
-        float* at = scratch.scores + key * TILE + v * LANES;
-        const Vector weight = exp2<ROUGH>(load(at) * unit - top);
-        total += weight;
-        if constexpr (Mode::PACKED == 1) {
-          store(at, weight);
-        } else {
-          Vector next = all(0.f);
-          if (key + 1 < keys) next = exp2<ROUGH>(load(at + TILE) * unit - top);
-          total += next;
-          store(scratch.weights + key / 2 * TILE + v * LANES, Mode::paired(weight, next));
+      for (int first = 0; first < end; first += APART * Mode::PACKED)
+        for (int key = first; key < first + APART; key++) {
+          float* at = scratch.scores + key * TILE + v * LANES;
+          const Vector weight = exp2<ROUGH>(load(at) * unit - top);
+          total += weight;
+          if constexpr (Mode::PACKED == 1) {
+            store(at, weight);
+          } else {
+            const Vector other = exp2<ROUGH>(load(at + APART * TILE) * unit - top);
+            total += other;
+            store(scratch.weights + (key - first / 2) * TILE + v * LANES,
+                  Mode::paired(weight, other));
+          }
         }
-      }
       store(tile.total + v * LANES, total);
     }
-    if (Mode::TURNED)
-      for (int pair = (keys + 1) / 2; pair < padded(keys, Mode::PAD) / 2; pair++)
-        memset(scratch.weights + pair * TILE, 0, TILE * sizeof(float));
     return summed;
   }
 

@@ -41,7 +41,7 @@ struct Scratch {
       : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
         width(padded(head_dim, Mode::PAD)),
         tiles((block_q + TILE - 1) / TILE) {
-    const size_t words = (size_t)STEP * (depth + 3 * width) + 2 * STEP * TILE +
+    const size_t words = (size_t)STEP * (depth + 2 * width) + 2 * STEP * TILE +
                          (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
                          (size_t)more;
     memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
@@ -51,7 +51,7 @@ struct Scratch {
     auto take = [&](size_t count) { return std::exchange(next, next + count); };
     keys = take((size_t)STEP * depth);
     values = take((size_t)STEP * width);
-    woven = take((size_t)STEP * 2 * width);
+    woven = take((size_t)STEP * width);
     scores = take(STEP * TILE);
     weights = take(STEP * TILE);
     rows = take((size_t)TILE * width);
