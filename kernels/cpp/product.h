@@ -24,7 +24,7 @@ constexpr int padded(int count, int multiple) {
 
 // One float32 a word.
 struct Single {
-  static constexpr int PACKED = 1, PAD = 16, APART = 1;
+  static constexpr int PACKED = 1, PAD = 16, APART = 1, PANEL = TILE;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) { return sum + x * all(*word); }
@@ -34,7 +34,7 @@ struct Single {
 // Two bfloat16 a word, multiplied and added in one instruction: of keys, neighbors in head_dim; of
 // values and weights, keys that lie APART, so that neither is permuted.
 struct Pairs {
-  static constexpr int PACKED = 2, PAD = 32, APART = 16;
+  static constexpr int PACKED = 2, PAD = 32, APART = 16, PANEL = TILE;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) {
@@ -66,12 +66,12 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
     for (int w = 0; w < WIDE; w++)
-      sums[r][w] = ACCUMULATE ? load(to + r * TILE + w * LANES) : all(0.f);
+      sums[r][w] = ACCUMULATE ? load(to + r * Mode::PANEL + w * LANES) : all(0.f);
 #pragma GCC unroll 2
   for (int k = 0; k < depth; k++) {
     Vector part[WIDE];
 #pragma GCC unroll 16
-    for (int w = 0; w < WIDE; w++) part[w] = load(x + k * TILE + w * LANES);
+    for (int w = 0; w < WIDE; w++) part[w] = load(x + k * Mode::PANEL + w * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
@@ -81,12 +81,13 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
-    for (int w = 0; w < WIDE; w++) store(to + r * TILE + w * LANES, sums[r][w]);
+    for (int w = 0; w < WIDE; w++) store(to + r * Mode::PANEL + w * LANES, sums[r][w]);
 }
 
 #if defined(__AMX_BF16__)
 // Two bfloat16 a word, in tiles of 16 rows by 16 words.
 struct Tiles : Pairs {
+  static constexpr int PANEL = 32;  // what is multiplied with so many queries stays in the L1 cache
   static constexpr bool TURNED = true;
 
   // Those words by depth; so many lie between depths.
@@ -129,38 +130,38 @@ struct Tiles : Pairs {
 template <bool ACCUMULATE, class Beside>
 static void product_of_tiles(const float* x, const float* words, int64_t row_stride, int depth,
                              float* to, int rows, const Beside& beside) {
-  constexpr int64_t WIDTH = TILE * sizeof(float);
+  constexpr int PANEL = Tiles::PANEL;
+  constexpr int64_t WIDTH = PANEL * sizeof(float);
   const int64_t stride = row_stride * sizeof(float);
-  for (int row = 0; row < rows; row += 32)
-    for (int q = 0; q < TILE; q += 32) {
-      float* corner = to + row * TILE + q;
-      if (ACCUMULATE) {
-        _tile_loadd(0, corner, WIDTH);
-        _tile_loadd(1, corner + 16, WIDTH);
-        _tile_loadd(2, corner + 16 * TILE, WIDTH);
-        _tile_loadd(3, corner + 16 * TILE + 16, WIDTH);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-      for (int k = 0; k < depth; k += 16) {
-        _tile_loadd(4, words + row * row_stride + k, stride);
-        _tile_loadd(5, words + (row + 16) * row_stride + k, stride);
-        _tile_loadd(6, x + k * TILE + q, WIDTH);
-        _tile_loadd(7, x + k * TILE + q + 16, WIDTH);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_stored(0, corner, WIDTH);
-      _tile_stored(1, corner + 16, WIDTH);
-      _tile_stored(2, corner + 16 * TILE, WIDTH);
-      _tile_stored(3, corner + 16 * TILE + 16, WIDTH);
-      beside();
+  for (int row = 0; row < rows; row += 32) {
+    float* corner = to + row * PANEL;
+    if (ACCUMULATE) {
+      _tile_loadd(0, corner, WIDTH);
+      _tile_loadd(1, corner + 16, WIDTH);
+      _tile_loadd(2, corner + 16 * PANEL, WIDTH);
+      _tile_loadd(3, corner + 16 * PANEL + 16, WIDTH);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
     }
+    for (int k = 0; k < depth; k += 16) {
+      _tile_loadd(4, words + row * row_stride + k, stride);
+      _tile_loadd(5, words + (row + 16) * row_stride + k, stride);
+      _tile_loadd(6, x + k * PANEL, WIDTH);
+      _tile_loadd(7, x + k * PANEL + 16, WIDTH);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, corner, WIDTH);
+    _tile_stored(1, corner + 16, WIDTH);
+    _tile_stored(2, corner + 16 * PANEL, WIDTH);
+    _tile_stored(3, corner + 16 * PANEL + 16, WIDTH);
+    beside();
+  }
 }
 #endif
 
@@ -177,9 +178,9 @@ static void product(const float* x, const float* words, int64_t row_stride, int6
 #endif
   auto tiles = [&](auto height, int row, int end) {
     for (; row < end; row += height)
-      for (int q = 0; q < TILE; q += WIDE * LANES) {
+      for (int q = 0; q < Mode::PANEL; q += WIDE * LANES) {
         register_tile<Mode, ACCUMULATE, height>(x + q, words + row * row_stride, row_stride,
-                                                depth_stride, depth, to + row * TILE + q);
+                                                depth_stride, depth, to + row * Mode::PANEL + q);
         beside();
       }
   };
@@ -192,6 +193,5 @@ static void product(const float* x, const float* words, int64_t row_stride, int6
 // How often a product of so many rows does what is beside it.
 template <class Mode>
 constexpr int besides(int rows) {
-  return Mode::TURNED ? padded(rows, 32) / 32 * (TILE / 32)
-                      : (rows + TALL - 1) / TALL * (TILE / (WIDE * LANES));
+  return Mode::TURNED ? padded(rows, 32) / 32 : (rows + TALL - 1) / TALL * (TILE / (WIDE * LANES));
 }

@@ -61,19 +61,20 @@ struct Reader {
     for (int d = 0; d < scratch.depth; d += LANES)
       for (int i = 0; i < TILE; i += LANES)
         transpose(scratch.rows + i * scratch.width + d, scratch.width,
-                  tile.queries + d * TILE + i, TILE);
+                  tile.queries + scratch.place(i, d, scratch.depth), Mode::PANEL);
   }
 
   void copy(const Element* from, float* to) const {
-    if constexpr (Mode::PACKED == 1) {
-      for (int d = 0; d < call.head_dim; d++) to[d] = widened(from[d]);
+    const int size = (int)call.head_dim;  // here, no store can be thought to change it
+    if constexpr (Mode::PACKED == 1 && sizeof(Element) == 2) {
+      for (int d = 0; d < size; d++) to[d] = widened(from[d]);
     } else {
-      constexpr int GRAIN = 16;  // of known size, a copy needs no call
+      constexpr int GRAIN = sizeof(Vector) / sizeof(Element);  // of known size, a copy needs no call
       Element* elements = (Element*)to;
       int d = 0;
-      for (; d + GRAIN <= call.head_dim; d += GRAIN)
+      for (; d + GRAIN <= size; d += GRAIN)
         memcpy(elements + d, from + d, GRAIN * sizeof(Element));
-      for (; d < call.head_dim; d++) elements[d] = from[d];
+      for (; d < size; d++) elements[d] = from[d];
     }
   }
 
@@ -93,6 +94,7 @@ struct Reader {
 // One query block of one head of one sample.
 template <class Mode, class Element>
 struct Row : Reader<Mode, Element> {
+  static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES;
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
   const Windows& windows;
@@ -152,28 +154,37 @@ struct Row : Reader<Mode, Element> {
     const int64_t start = call.key_offsets[block];
     if (keys && (tag == PARTIAL) != partial) step();
     partial = tag == PARTIAL;
-    for (int64_t first = start; first < end; first += run) {
-      int64_t tokens[1 << 7], count = 0;
-      taken++;
-      for (int64_t i = first; i < std::min(first + run, end); i++)
-        if (!hidden || !hidden[call.key_permutation[i]]) tokens[count++] = call.key_permutation[i];
-      if (!count) continue;
-      float* key = scratch.keys + (int64_t)keys * scratch.depth;
-      float* value = scratch.values + (int64_t)keys * scratch.width;
-      if (count == 1) {
-        this->copy(this->at(call.key, tokens[0]), key);
-        this->copy(this->at(call.value, tokens[0]), value);
-      } else {
-        this->mean(call.key, tokens, count, key);
-        this->mean(call.value, tokens, count, value);
+    const uint64_t* own = mask < 0 ? nullptr : call.masks + mask;
+    for (int64_t first = start; first < end; first += run, taken++) {
+      int64_t seen[1 << 7];
+      const int64_t* tokens = call.key_permutation + first;
+      int64_t count = std::min(run, end - first);
+      if (hidden) {
+        count = std::copy_if(tokens, tokens + count, seen, [&](int64_t i) { return !hidden[i]; }) - seen;
+        tokens = seen;
       }
-      scratch.positions[keys] = tokens[0];
-      scratch.masks[keys] = mask < 0 ? nullptr : call.masks + mask + (first - start) * tiles;
-      scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
-      pooled |= count > 1;
+      if (!count) continue;
+      take(tokens, count);
+      scratch.masks[keys] = own ? own + (first - start) * tiles : nullptr;
       if (++keys == STEP) step();
     }
     if (keys && leaves_out()) step();
+  }
+
+  void take(const int64_t* tokens, int64_t count) {
+    float* key = scratch.keys + (int64_t)keys * scratch.depth;
+    float* value = scratch.values + (int64_t)keys * scratch.width;
+    scratch.positions[keys] = tokens[0];
+    scratch.bias[keys] = 0.f;
+    if (count == 1) {
+      this->copy(this->at(call.key, tokens[0]), key);
+      this->copy(this->at(call.value, tokens[0]), value);
+    } else {
+      this->mean(call.key, tokens, count, key);
+      this->mean(call.value, tokens, count, value);
+      scratch.bias[keys] = log2f((float)count);
+      pooled = true;
+    }
   }
 
   bool leaves_out() const { return bound > -INFINITY; }
@@ -184,19 +195,20 @@ struct Row : Reader<Mode, Element> {
     look_ahead();
     const auto beside = [this] { ahead.some(); };
     const int packs = padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED;
-    for (int i = 0; i < tiles; i++) {
-      Tile& tile = *scratch.tiles[i];
-      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
-                           scratch.scores, keys, beside);
-      if (!(partial ? soften<true>(tile, i) : soften<false>(tile, i))) continue;
-      if constexpr (Mode::PACKED == 2)
-        values = values ? values : weave();
-      else
-        values = scratch.values;
-      product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
-                          Mode::TURNED ? STEP / 2 : 1, scratch.width, packs, tile.sums,
-                          call.head_dim, beside);
-    }
+    for (int i = 0; i < tiles; i++)
+      for (int q = 0; q < TILE; q += PANEL) {
+        Tile& tile = *scratch.tiles[i];
+        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1, this->words(),
+                             scratch.scores, keys, beside);
+        if (!(partial ? soften<true>(tile, i, q) : soften<false>(tile, i, q))) continue;
+        if constexpr (Mode::PACKED == 2)
+          values = values ? values : weave();
+        else
+          values = scratch.values;
+        product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
+                            Mode::TURNED ? STEP / 2 : 1, scratch.width, packs,
+                            tile.sums + q * scratch.width, call.head_dim, beside);
+      }
     keys = 0;
     pooled = false;
   }
@@ -226,7 +238,7 @@ struct Row : Reader<Mode, Element> {
           ahead.add(next.at(call.value, token));
         });
     }
-    ahead.spread(tiles * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
+    ahead.spread(tiles * (TILE / PANEL) * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
   }
 
   // Values of two keys side by side in a word; by depth and then key where TURNED.
@@ -243,10 +255,10 @@ struct Row : Reader<Mode, Element> {
     return scratch.woven;
   }
 
-  // Scores to weights; what was summed up before is scaled down where a maximum grew. Returns
-  // whether their values are to be summed up.
+  // Scores of a panel, from query `q` of the tile, to weights; what was summed up before is scaled
+  // down where a maximum grew. Returns whether their values are to be summed up.
   template <bool MASKED>
-  bool soften(Tile& tile, int number) {
+  bool soften(Tile& tile, int number, int q) {
     constexpr bool ROUGH = Mode::PACKED == 2;
     constexpr int APART = Mode::APART;
     const int end = padded(keys, APART * Mode::PACKED);
@@ -259,14 +271,14 @@ struct Row : Reader<Mode, Element> {
       if (MASKED)
         for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
       for (int v = 0; v < VECTORS; v++) {
-        float* at = scratch.scores + key * TILE + v * LANES;
+        float* at = scratch.scores + key * PANEL + v * LANES;
         Vector score = load(at);
         if (changed) score = score * all(this->factor) + all(scratch.bias[key]);
         if (MASKED) {
           Bits kept = ~(Bits){};
           for (int axis = 0; axis < windows.axes; axis++)
-            kept &= *(const Bits*)(inside[axis] + v * LANES);
-          if (own) kept &= spread(own[number] >> v * LANES);
+            kept &= *(const Bits*)(inside[axis] + q + v * LANES);
+          if (own) kept &= spread(own[number] >> (q + v * LANES));
           score = where(kept, score, all(HIDDEN));
         }
         if (changed) store(at, score);
@@ -274,56 +286,56 @@ struct Row : Reader<Mode, Element> {
       }
     }
     for (int key = keys; key < end; key++)
-      for (int v = 0; v < VECTORS; v++) store(scratch.scores + key * TILE + v * LANES, all(HIDDEN));
+      for (int v = 0; v < VECTORS; v++) store(scratch.scores + key * PANEL + v * LANES, all(HIDDEN));
     const Vector unit = all(changed ? 1.f : this->factor);
     Bits grew = {};
     for (int v = 0; v < VECTORS; v++) {
       largest[v] *= unit;
-      grew |= largest[v] > load(tile.largest + v * LANES) + all(GROWTH);
+      grew |= largest[v] > load(tile.largest + q + v * LANES) + all(GROWTH);
     }
-    if (any(grew)) raise(tile, largest);
-    const bool summed = !leaves_out() || near(tile, largest);
+    if (any(grew)) raise(tile, q, largest);
+    const bool summed = !leaves_out() || near(tile, q, largest);
     for (int v = 0; v < VECTORS; v++) {
-      const Vector top = load(tile.largest + v * LANES);
-      Vector total = load(tile.total + v * LANES);
+      const Vector top = load(tile.largest + q + v * LANES);
+      Vector total = load(tile.total + q + v * LANES);
       for (int first = 0; first < end; first += APART * Mode::PACKED)
         for (int key = first; key < first + APART; key++) {
-          float* at = scratch.scores + key * TILE + v * LANES;
+          float* at = scratch.scores + key * PANEL + v * LANES;
           const Vector weight = exp2<ROUGH>(load(at) * unit - top);
           total += weight;
           if constexpr (Mode::PACKED == 1) {
             store(at, weight);
           } else {
-            const Vector other = exp2<ROUGH>(load(at + APART * TILE) * unit - top);
+            const Vector other = exp2<ROUGH>(load(at + APART * PANEL) * unit - top);
             total += other;
-            store(scratch.weights + (key - first / 2) * TILE + v * LANES,
+            store(scratch.weights + (key - first / 2) * PANEL + v * LANES,
                   Mode::paired(weight, other));
           }
         }
-      store(tile.total + v * LANES, total);
+      store(tile.total + q + v * LANES, total);
     }
     return summed;
   }
 
-  // Whether a query of the tile has scores near its maximum, which is kept up to date here.
-  bool near(Tile& tile, const Vector* largest) {
+  // Whether a query of the panel has scores near its maximum, which is kept up to date here.
+  bool near(Tile& tile, int q, const Vector* largest) {
     Bits found = {};
     for (int v = 0; v < VECTORS; v++) {
-      const Vector peak = larger(largest[v], load(tile.peak + v * LANES));
-      store(tile.peak + v * LANES, peak);
+      const Vector peak = larger(largest[v], load(tile.peak + q + v * LANES));
+      store(tile.peak + q + v * LANES, peak);
       found |= ~(Bits)(largest[v] - peak < all(bound));
     }
     return any(found);
   }
 
-  void raise(Tile& tile, const Vector* largest) {
+  void raise(Tile& tile, int q, const Vector* largest) {
     for (int v = 0; v < VECTORS; v++) {
-      const Vector before = load(tile.largest + v * LANES);
+      const Vector before = load(tile.largest + q + v * LANES);
       const Vector after = larger(largest[v], before), shrink = exp2<false>(before - after);
-      store(tile.largest + v * LANES, after);
-      store(tile.total + v * LANES, load(tile.total + v * LANES) * shrink);
+      store(tile.largest + q + v * LANES, after);
+      store(tile.total + q + v * LANES, load(tile.total + q + v * LANES) * shrink);
       for (int d = 0; d < call.head_dim; d++) {
-        float* sum = tile.sums + d * TILE + v * LANES;
+        float* sum = tile.sums + scratch.place(q, d, scratch.width) + v * LANES;
         store(sum, load(sum) * shrink);
       }
     }
@@ -347,8 +359,8 @@ struct Row : Reader<Mode, Element> {
   void finish(Tile& tile) {
     for (int d = 0; d < scratch.width; d += LANES)
       for (int i = 0; i < TILE; i += LANES)
-        transpose(tile.sums + d * TILE + i, TILE, scratch.rows + i * scratch.width + d,
-                  scratch.width);
+        transpose(tile.sums + scratch.place(i, d, scratch.width), PANEL,
+                  scratch.rows + i * scratch.width + d, scratch.width);
     for (int i = 0; i < tile.count; i++) {
       // A total that is not a number makes the output not a number, as it must.
       const bool empty = tile.largest[i] == LOWEST && tile.total[i] < 1.f;

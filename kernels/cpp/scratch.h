@@ -18,7 +18,7 @@ constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for
 struct Tile {
   int count;
   int64_t tokens[TILE];
-  float *queries, *sums;                                     // [depth][TILE], [head_dim][TILE]
+  float *queries, *sums;                                     // panels of [depth], [head_dim]
   alignas(64) float largest[TILE], total[TILE];
   alignas(64) float peak[TILE];                              // the true maximum, for pv_skip
   alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
@@ -61,5 +61,10 @@ struct Scratch {
       tile->queries = take((size_t)depth * TILE);
       tile->sums = take((size_t)width * TILE);
     }
+  }
+
+  // Of query `i` of a tile at `row`, in panels of so many rows.
+  static int place(int i, int row, int rows) {
+    return (i / Mode::PANEL * rows + row) * Mode::PANEL + i % Mode::PANEL;
   }
 };
