@@ -47,9 +47,9 @@ struct Pairs {
                                            (__m512i)high);
   }
   // Values of 2 APART keys, as words of pairs.
-  static void weave(const Half* values, int64_t stride, int width, float* to) {
+  static void weave(const Half* const* values, int width, float* to) {
     for (int pair = 0; pair < APART; pair++) {
-      const Half *a = values + pair * stride, *b = a + APART * stride;
+      const Half *a = values[pair], *b = values[pair + APART];
       uint32_t* words = (uint32_t*)to + pair * width;
       for (int d = 0; d < width; d++) words[d] = a[d] | (uint32_t)b[d] << 16;
     }
@@ -91,14 +91,14 @@ struct Tiles : Pairs {
   static constexpr bool TURNED = true;
 
   // Those words by depth; so many lie between depths.
-  static void weave(const Half* values, int64_t stride, int width, float* to, int64_t between) {
+  static void weave(const Half* const* values, int width, float* to, int64_t between) {
     constexpr int LANE = 4;  // words that stay together
     for (int d = 0; d < width; d += 2 * LANES)
       for (int half = 0; half < 2; half++) {
         Vector rows[LANES];
         for (int pair = 0; pair < APART; pair++) {
-          const Half* at = values + pair * stride + d;
-          const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + APART * stride);
+          const __m512i a = _mm512_loadu_si512(values[pair] + d);
+          const __m512i b = _mm512_loadu_si512(values[pair + APART] + d);
           rows[pair] = (Vector)(half ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
         }
         transpose(rows);

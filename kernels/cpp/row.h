@@ -174,11 +174,16 @@ struct Row : Reader<Mode, Element> {
   void take(const int64_t* tokens, int64_t count) {
     float* key = scratch.keys + (int64_t)keys * scratch.depth;
     float* value = scratch.values + (int64_t)keys * scratch.width;
+    scratch.value[keys] = value;
     scratch.positions[keys] = tokens[0];
     scratch.bias[keys] = 0.f;
     if (count == 1) {
       this->copy(this->at(call.key, tokens[0]), key);
-      this->copy(this->at(call.value, tokens[0]), value);
+      // Weaving needs no copy of whole vectors.
+      if (Mode::PACKED == 2 && call.head_dim == scratch.width)
+        scratch.value[keys] = this->at(call.value, tokens[0]);
+      else
+        this->copy(this->at(call.value, tokens[0]), value);
     } else {
       this->mean(call.key, tokens, count, key);
       this->mean(call.value, tokens, count, value);
@@ -244,13 +249,14 @@ struct Row : Reader<Mode, Element> {
   // Values of two keys side by side in a word; by depth and then key where TURNED.
   const float* weave() {
     const int width = scratch.width, end = padded(keys, 2 * Mode::APART);
-    memset(scratch.values + (int64_t)keys * width, 0, (end - keys) * width * sizeof(float));
+    float* nothing = scratch.values + (int64_t)STEP * width;
+    for (int key = keys; key < end; key++) scratch.value[key] = nothing;
     for (int key = 0; key < end; key += 2 * Mode::APART) {
-      const Half* values = (const Half*)(scratch.values + (int64_t)key * width);
+      const Half* const* values = (const Half* const*)(scratch.value + key);
       if constexpr (Mode::TURNED)
-        Mode::weave(values, 2 * width, width, scratch.woven + key / 2, STEP / 2);
+        Mode::weave(values, width, scratch.woven + key / 2, STEP / 2);
       else
-        Mode::weave(values, 2 * width, width, scratch.woven + key / 2 * width);
+        Mode::weave(values, width, scratch.woven + key / 2 * width);
     }
     return scratch.woven;
   }

@@ -33,6 +33,7 @@ struct Scratch {
   float *keys, *values, *woven, *scores, *weights, *rows;
   int64_t positions[STEP];
   const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
+  const void* value[STEP];      // of a key, where it is read
   float bias[STEP];
   float* found;                 // `more` words, in multiples of TILE
   std::vector<std::unique_ptr<Tile>> tiles;
@@ -41,7 +42,7 @@ struct Scratch {
       : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
         width(padded(head_dim, Mode::PAD)),
         tiles((block_q + TILE - 1) / TILE) {
-    const size_t words = (size_t)STEP * (depth + 2 * width) + 2 * STEP * TILE +
+    const size_t words = (size_t)STEP * (depth + 2 * width) + width + 2 * STEP * TILE +
                          (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
                          (size_t)more;
     memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
@@ -50,7 +51,7 @@ struct Scratch {
     float* next = memory.get();
     auto take = [&](size_t count) { return std::exchange(next, next + count); };
     keys = take((size_t)STEP * depth);
-    values = take((size_t)STEP * width);
+    values = take((size_t)(STEP + 1) * width);  // the last one is zeros
     woven = take((size_t)STEP * width);
     scores = take(STEP * TILE);
     weights = take(STEP * TILE);
