@@ -46,18 +46,18 @@ struct Mass : Reader<Mode, Element> {
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       for (int q = 0; q < TILE; q += Mode::PANEL) {
-      product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1, this->words(),
-                           scratch.scores, keys);
-      for (int v = 0; v < Mode::PANEL; v += LANES) {
-        const Vector top = load(tile.largest + q + v);
-        Vector sum = load(tile.total + q + v);
-        for (int key = 0; key < keys; key++) {
-          const Vector score = load(scratch.scores + key * Mode::PANEL + v) * all(this->factor);
-          // In this order, what is not a number stays so.
-          sum += exp2<true>(-larger(all(-HIGHEST), top - score));
+        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
+                             this->words(), scratch.scores, keys);
+        for (int v = 0; v < Mode::PANEL; v += LANES) {
+          const Vector top = load(tile.largest + q + v);
+          Vector sum = load(tile.total + q + v);
+          for (int key = 0; key < keys; key++) {
+            const Vector score = load(scratch.scores + key * Mode::PANEL + v) * all(this->factor);
+            // In this order, what is not a number stays so.
+            sum += exp2<true>(-larger(all(-HIGHEST), top - score));
+          }
+          store(tile.total + q + v, sum);
         }
-        store(tile.total + q + v, sum);
-      }
       }
     }
   }

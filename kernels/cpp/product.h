@@ -12,6 +12,7 @@
 #include "vector.h"
 
 constexpr int TILE = 64;  // queries
+constexpr int STEP = 64;  // keys
 constexpr int TALL = 6, SHORT = 4;  // register tiles: so many scalars by WIDE vectors
 
 constexpr int padded(int count, int multiple) {
@@ -19,22 +20,23 @@ constexpr int padded(int count, int multiple) {
 }
 
 // A mode says how the factors of a product lie in memory, and what multiplies them: PACKED
-// elements a word, rows and depths laid out in multiples of PAD; values by key, or TURNED. A
-// Session is held by a thread while it multiplies.
+// elements a word, rows and depths laid out in multiples of PAD; values by key, or TURNED. A PANEL
+// of queries is multiplied with KEYS at once, for what that touches to stay in the L1 cache. Two
+// keys that share a word lie APART. A Session is held by a thread while it multiplies.
 
 // One float32 a word.
 struct Single {
-  static constexpr int PACKED = 1, PAD = 16, APART = 1, PANEL = TILE;
+  static constexpr int PACKED = 1, PAD = 16, APART = 1, PANEL = TILE, KEYS = 48;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) { return sum + x * all(*word); }
 };
 
 #if defined(__AVX512BF16__)
-// Two bfloat16 a word, multiplied and added in one instruction: of keys, neighbors in head_dim; of
-// values and weights, keys that lie APART, so that neither is permuted.
+// Two bfloat16 a word, multiplied and added in one instruction: neighbors in head_dim, or keys that
+// are so far apart that their weights need no permutation.
 struct Pairs {
-  static constexpr int PACKED = 2, PAD = 32, APART = 16, PANEL = TILE;
+  static constexpr int PACKED = 2, PAD = 32, APART = 16, PANEL = TILE, KEYS = STEP;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) {
@@ -87,7 +89,7 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
 #if defined(__AMX_BF16__)
 // Two bfloat16 a word, in tiles of 16 rows by 16 words.
 struct Tiles : Pairs {
-  static constexpr int PANEL = 32;  // what is multiplied with so many queries stays in the L1 cache
+  static constexpr int PANEL = 32;
   static constexpr bool TURNED = true;
 
   // Those words by depth; so many lie between depths.
@@ -167,8 +169,8 @@ static void product_of_tiles(const float* x, const float* words, int64_t row_str
 
 constexpr auto NOTHING = [] {};
 
-// The product for `rows` rows, which are laid out up to a multiple of SHORT. Does `beside` after
-// each register tile.
+// The product of a panel for `rows` rows, which are laid out up to a multiple of SHORT. Does
+// `beside` after each register tile.
 template <class Mode, bool ACCUMULATE, class Beside = decltype(NOTHING)>
 static void product(const float* x, const float* words, int64_t row_stride, int64_t depth_stride,
                     int depth, float* to, int rows, const Beside& beside = NOTHING) {

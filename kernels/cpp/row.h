@@ -6,8 +6,8 @@
 //     sums[d][query]     += sum over keys: values[key][d] * weights[key][query]
 //
 // so that keys and values are read as scalars, the softmax needs no sum across a vector, and only
-// queries and outputs are transposed. Keys come in steps of STEP: they are copied through the
-// order of tokens, and widened or paired, once for all tiles of queries of the block.
+// queries and outputs are transposed. Keys come in steps: they are copied through the order of
+// tokens, and widened or paired, once for all tiles of queries of the block.
 #pragma once
 
 #include <cmath>
@@ -69,7 +69,7 @@ struct Reader {
     if constexpr (Mode::PACKED == 1 && sizeof(Element) == 2) {
       for (int d = 0; d < size; d++) to[d] = widened(from[d]);
     } else {
-      constexpr int GRAIN = sizeof(Vector) / sizeof(Element);  // of known size, a copy needs no call
+      constexpr int GRAIN = sizeof(Vector) / sizeof(Element);  // of known size, no call
       Element* elements = (Element*)to;
       int d = 0;
       for (; d + GRAIN <= size; d += GRAIN)
@@ -94,7 +94,7 @@ struct Reader {
 // One query block of one head of one sample.
 template <class Mode, class Element>
 struct Row : Reader<Mode, Element> {
-  static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES;
+  static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES, KEYS = Mode::KEYS;
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
   const Windows& windows;
@@ -155,18 +155,20 @@ struct Row : Reader<Mode, Element> {
     if (keys && (tag == PARTIAL) != partial) step();
     partial = tag == PARTIAL;
     const uint64_t* own = mask < 0 ? nullptr : call.masks + mask;
-    for (int64_t first = start; first < end; first += run, taken++) {
+    for (int64_t first = start; first < end; first += run) {
+      taken++;
       int64_t seen[1 << 7];
       const int64_t* tokens = call.key_permutation + first;
       int64_t count = std::min(run, end - first);
       if (hidden) {
-        count = std::copy_if(tokens, tokens + count, seen, [&](int64_t i) { return !hidden[i]; }) - seen;
+        auto shown = [hidden](int64_t token) { return !hidden[token]; };
+        count = std::copy_if(tokens, tokens + count, seen, shown) - seen;
         tokens = seen;
       }
       if (!count) continue;
       take(tokens, count);
       scratch.masks[keys] = own ? own + (first - start) * tiles : nullptr;
-      if (++keys == STEP) step();
+      if (++keys == KEYS) step();
     }
     if (keys && leaves_out()) step();
   }
@@ -203,8 +205,8 @@ struct Row : Reader<Mode, Element> {
     for (int i = 0; i < tiles; i++)
       for (int q = 0; q < TILE; q += PANEL) {
         Tile& tile = *scratch.tiles[i];
-        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1, this->words(),
-                             scratch.scores, keys, beside);
+        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
+                             this->words(), scratch.scores, keys, beside);
         if (!(partial ? soften<true>(tile, i, q) : soften<false>(tile, i, q))) continue;
         if constexpr (Mode::PACKED == 2)
           values = values ? values : weave();
@@ -222,7 +224,7 @@ struct Row : Reader<Mode, Element> {
   void look_ahead() {
     ahead.clear();
     walk.on(taken, [](int64_t) {});
-    walk.on(taken + STEP, [this](int64_t token) {
+    walk.on(taken + KEYS, [this](int64_t token) {
       ahead.add(this->at(call.key, token));
       ahead.add(this->at(call.value, token));
     });
@@ -233,17 +235,17 @@ struct Row : Reader<Mode, Element> {
         const int64_t at = call.query_offsets[number] + after;
         if (at < call.query_offsets[number + 1]) ahead.add(of.at(operand, call.permutation[at]));
       };
-      for (int i = 0; i < STEP / 2; i++, after++) {
+      for (int i = 0; i < KEYS / 2; i++, after++) {
         add(*this, call.output, block);
         add(next, call.query, next_row % call.query_blocks);
       }
       if (!left)
-        Walk(call, next_row).on(STEP, [&](int64_t token) {
+        Walk(call, next_row).on(KEYS, [&](int64_t token) {
           ahead.add(next.at(call.key, token));
           ahead.add(next.at(call.value, token));
         });
     }
-    ahead.spread(tiles * (TILE / PANEL) * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
+    ahead.spread(tiles * (TILE / PANEL) * (besides<Mode>(KEYS) + besides<Mode>(call.head_dim)));
   }
 
   // Values of two keys side by side in a word; by depth and then key where TURNED.
@@ -266,6 +268,8 @@ struct Row : Reader<Mode, Element> {
   template <bool MASKED>
   bool soften(Tile& tile, int number, int q) {
     constexpr bool ROUGH = Mode::PACKED == 2;
+    float *const scores = scratch.scores, *const weights = scratch.weights;
+    const int keys = this->keys;
     constexpr int APART = Mode::APART;
     const int end = padded(keys, APART * Mode::PACKED);
     const bool changed = MASKED || pooled || keys < end;
@@ -277,7 +281,7 @@ struct Row : Reader<Mode, Element> {
       if (MASKED)
         for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
       for (int v = 0; v < VECTORS; v++) {
-        float* at = scratch.scores + key * PANEL + v * LANES;
+        float* at = scores + key * PANEL + v * LANES;
         Vector score = load(at);
         if (changed) score = score * all(this->factor) + all(scratch.bias[key]);
         if (MASKED) {
@@ -292,7 +296,7 @@ struct Row : Reader<Mode, Element> {
       }
     }
     for (int key = keys; key < end; key++)
-      for (int v = 0; v < VECTORS; v++) store(scratch.scores + key * PANEL + v * LANES, all(HIDDEN));
+      for (int v = 0; v < VECTORS; v++) store(scores + key * PANEL + v * LANES, all(HIDDEN));
     const Vector unit = all(changed ? 1.f : this->factor);
     Bits grew = {};
     for (int v = 0; v < VECTORS; v++) {
@@ -306,7 +310,7 @@ struct Row : Reader<Mode, Element> {
       Vector total = load(tile.total + q + v * LANES);
       for (int first = 0; first < end; first += APART * Mode::PACKED)
         for (int key = first; key < first + APART; key++) {
-          float* at = scratch.scores + key * PANEL + v * LANES;
+          float* at = scores + key * PANEL + v * LANES;
           const Vector weight = exp2<ROUGH>(load(at) * unit - top);
           total += weight;
           if constexpr (Mode::PACKED == 1) {
@@ -314,7 +318,7 @@ struct Row : Reader<Mode, Element> {
           } else {
             const Vector other = exp2<ROUGH>(load(at + APART * PANEL) * unit - top);
             total += other;
-            store(scratch.weights + (key - first / 2) * PANEL + v * LANES,
+            store(weights + (key - first / 2) * PANEL + v * LANES,
                   Mode::paired(weight, other));
           }
         }

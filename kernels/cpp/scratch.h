@@ -9,7 +9,6 @@
 
 #include "product.h"
 
-constexpr int STEP = 64;   // keys
 constexpr int VECTORS = TILE / LANES;
 constexpr int AXES = 4;
 constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
