@@ -220,14 +220,21 @@ struct Row : Reader<Mode, Element> {
     pooled = false;
   }
 
+  // Asks for the key and the value of a token.
+  auto both(const Reader<Mode, Element>& of) {
+    const Element *key = of.at(call.key, 0), *value = of.at(call.value, 0);
+    return [this, key, value, key_step = call.key.token,
+            value_step = call.value.token](int64_t token) {
+      ahead.add(key + token * key_step);
+      ahead.add(value + token * value_step);
+    };
+  }
+
   // What the next step reads; before the last ones, outputs and what the next row begins with.
   void look_ahead() {
     ahead.clear();
     walk.on(taken, [](int64_t) {});
-    walk.on(taken + KEYS, [this](int64_t token) {
-      ahead.add(this->at(call.key, token));
-      ahead.add(this->at(call.value, token));
-    });
+    walk.on(taken + KEYS, both(*this));
     const int64_t left = walk.end - walk.entry;
     if (left <= 2) {
       const Reader<Mode, Element> next(call, scratch, sample, next_row / call.query_blocks);
@@ -240,10 +247,7 @@ struct Row : Reader<Mode, Element> {
         add(next, call.query, next_row % call.query_blocks);
       }
       if (!left)
-        Walk(call, next_row).on(KEYS, [&](int64_t token) {
-          ahead.add(next.at(call.key, token));
-          ahead.add(next.at(call.value, token));
-        });
+        Walk(call, next_row).on(KEYS, both(next));
     }
     ahead.spread(tiles * (TILE / PANEL) * (besides<Mode>(KEYS) + besides<Mode>(call.head_dim)));
   }
