@@ -9,7 +9,7 @@
 
 // Pieces of memory of one size, asked for a few at a time.
 class Ahead {
-  static constexpr int MOST = 1024, LINE = 64;
+  static constexpr int MOST = 256, LINE = 64;
   const int bytes;
   int count = 0, done = 0, each = 0;
   const char* pieces[MOST];
