@@ -41,10 +41,11 @@ struct Attend {
     int64_t block_q = 0;
     for (int64_t i = 0; i < call.query_blocks; i++)
       block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
-    const int64_t rows = call.heads * call.query_blocks;
-    share_out<Mode>(call, block_q, call.batch * rows, [&](Scratch<Mode>& scratch, int64_t number) {
-      Row<Mode, Element>(call, scratch, number % call.batch,
-                         call.longest_first[number / call.batch]);
+    const int64_t items = call.batch * call.heads * call.query_blocks;
+    auto row = [&](int64_t number) { return call.longest_first[number / call.batch]; };
+    share_out<Mode>(call, block_q, items, [&](Scratch<Mode>& scratch, int64_t number) {
+      const int64_t next = std::min(number + call.threads, items - 1);
+      Row<Mode, Element>(call, scratch, number % call.batch, row(number), row(next));
     });
   }
 };

@@ -45,17 +45,19 @@ struct Mass : Reader<Mode, Element> {
     }
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
-      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
-                           scratch.scores, keys);
-      for (int v = 0; v < VECTORS; v++) {
-        const Vector top = load(tile.largest + v * LANES);
-        Vector sum = load(tile.total + v * LANES);
-        for (int key = 0; key < keys; key++) {
-          const Vector score = load(scratch.scores + key * TILE + v * LANES) * all(this->factor);
-          // In this order, what is not a number stays so.
-          sum += exp2<true>(-larger(all(-HIGHEST), top - score));
+      for (int q = 0; q < TILE; q += Mode::PANEL) {
+        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
+                             this->words(), scratch.scores, keys);
+        for (int v = 0; v < Mode::PANEL; v += LANES) {
+          const Vector top = load(tile.largest + q + v);
+          Vector sum = load(tile.total + q + v);
+          for (int key = 0; key < keys; key++) {
+            const Vector score = load(scratch.scores + key * Mode::PANEL + v) * all(this->factor);
+            // In this order, what is not a number stays so.
+            sum += exp2<true>(-larger(all(-HIGHEST), top - score));
+          }
+          store(tile.total + q + v, sum);
         }
-        store(tile.total + v * LANES, sum);
       }
     }
   }

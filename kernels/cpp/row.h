@@ -6,81 +6,19 @@
 //     sums[d][query]     += sum over keys: values[key][d] * weights[key][query]
 //
 // so that keys and values are read as scalars, the softmax needs no sum across a vector, and only
-// queries and outputs are transposed. Keys come in steps of STEP: they are copied through the
-// order of tokens, and widened or paired, once for all tiles of queries of the block.
+// queries and outputs are transposed. Keys come in steps: they are copied through the order of
+// tokens, and widened or paired, once for all tiles of queries of the block.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <utility>
-#include <vector>
 
-#include "call.h"
-#include "product.h"
-
-constexpr int STEP = 64;   // keys
-constexpr int VECTORS = TILE / LANES;
-constexpr int AXES = 4;
-constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
+#include "ahead.h"
+#include "scratch.h"
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
 constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
 constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
-
-// The queries of a tile, and what is summed up for them while their row is visited.
-struct Tile {
-  int count;
-  int64_t tokens[TILE];
-  float *queries, *sums;                                     // [depth][TILE], [head_dim][TILE]
-  alignas(64) float largest[TILE], total[TILE];
-  alignas(64) float peak[TILE];                              // the true maximum, for pv_skip
-  alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
-  int64_t known[AXES][SLOTS];
-  alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
-};
-
-// Everything that one thread works on; its size does not depend on the number of tokens.
-template <class Mode>
-struct Scratch {
-  const int depth, width;  // words of a key, elements of a value, as they are laid out
-  std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
-  float *keys, *values, *woven, *scores, *weights, *rows;
-  int64_t positions[STEP];
-  const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
-  float bias[STEP];
-  float* found;                 // `more` words, in multiples of TILE
-  std::vector<std::unique_ptr<Tile>> tiles;
-
-  Scratch(int head_dim, int64_t block_q, int64_t more = 0)
-      : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
-        width(padded(head_dim, Mode::PAD)),
-        tiles((block_q + TILE - 1) / TILE) {
-    const size_t words = (size_t)STEP * (depth + 3 * width) + 2 * STEP * TILE +
-                         (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
-                         (size_t)more;
-    memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
-    if (!memory) throw std::bad_alloc();
-    memset(memory.get(), 0, words * sizeof(float));
-    float* next = memory.get();
-    auto take = [&](size_t count) { return std::exchange(next, next + count); };
-    keys = take((size_t)STEP * depth);
-    values = take((size_t)STEP * width);
-    woven = take((size_t)STEP * 2 * width);
-    scores = take(STEP * TILE);
-    weights = take(STEP * TILE);
-    rows = take((size_t)TILE * width);
-    found = take((size_t)more);
-    for (auto& tile : tiles) {
-      tile.reset(new Tile);
-      tile->queries = take((size_t)depth * TILE);
-      tile->sums = take((size_t)width * TILE);
-    }
-  }
-};
 
 // One head of one sample, and how its tensors are read.
 template <class Mode, class Element>
@@ -123,19 +61,20 @@ struct Reader {
     for (int d = 0; d < scratch.depth; d += LANES)
       for (int i = 0; i < TILE; i += LANES)
         transpose(scratch.rows + i * scratch.width + d, scratch.width,
-                  tile.queries + d * TILE + i, TILE);
+                  tile.queries + scratch.place(i, d, scratch.depth), Mode::PANEL);
   }
 
   void copy(const Element* from, float* to) const {
-    if constexpr (Mode::PACKED == 1) {
-      for (int d = 0; d < call.head_dim; d++) to[d] = widened(from[d]);
+    const int size = (int)call.head_dim;  // here, no store can be thought to change it
+    if constexpr (Mode::PACKED == 1 && sizeof(Element) == 2) {
+      for (int d = 0; d < size; d++) to[d] = widened(from[d]);
     } else {
-      constexpr int GRAIN = 16;  // of known size, a copy needs no call
+      constexpr int GRAIN = sizeof(Vector) / sizeof(Element);  // of known size, no call
       Element* elements = (Element*)to;
       int d = 0;
-      for (; d + GRAIN <= call.head_dim; d += GRAIN)
+      for (; d + GRAIN <= size; d += GRAIN)
         memcpy(elements + d, from + d, GRAIN * sizeof(Element));
-      for (; d < call.head_dim; d++) elements[d] = from[d];
+      for (; d < size; d++) elements[d] = from[d];
     }
   }
 
@@ -155,18 +94,29 @@ struct Reader {
 // One query block of one head of one sample.
 template <class Mode, class Element>
 struct Row : Reader<Mode, Element> {
+  static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES, KEYS = Mode::KEYS;
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
   const Windows& windows;
   const float bound;  // how far below their maximum scores lie whose values are left out
   int tiles = 0, keys = 0;
   bool partial = false, pooled = false;
+  int64_t taken = 0;  // keys, padded text among them
+  Walk walk;          // over keys that were asked for
+  Ahead ahead;
+  const int64_t block, next_row;
+  int64_t after = 0;  // queries of this row and the next whose memory was asked for
 
-  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row)
+  // `next_row` is likely to be the one that this thread turns to.
+  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row, int64_t next_row)
       : Reader<Mode, Element>(call, scratch, sample, row / call.query_blocks),
         windows(call.windows[head]),
-        bound((float)call.pv_skip * LOG2_E) {
-    const int64_t block = row % call.query_blocks, end = call.query_offsets[block + 1];
+        bound((float)call.pv_skip * LOG2_E),
+        walk(call, row),
+        ahead(call.head_dim * sizeof(Element)),
+        block(row % call.query_blocks),
+        next_row(next_row) {
+    const int64_t end = call.query_offsets[block + 1];
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
     for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
@@ -204,27 +154,44 @@ struct Row : Reader<Mode, Element> {
     const int64_t start = call.key_offsets[block];
     if (keys && (tag == PARTIAL) != partial) step();
     partial = tag == PARTIAL;
+    const uint64_t* own = mask < 0 ? nullptr : call.masks + mask;
     for (int64_t first = start; first < end; first += run) {
-      int64_t tokens[1 << 7], count = 0;
-      for (int64_t i = first; i < std::min(first + run, end); i++)
-        if (!hidden || !hidden[call.key_permutation[i]]) tokens[count++] = call.key_permutation[i];
-      if (!count) continue;
-      float* key = scratch.keys + (int64_t)keys * scratch.depth;
-      float* value = scratch.values + (int64_t)keys * scratch.width;
-      if (count == 1) {
-        this->copy(this->at(call.key, tokens[0]), key);
-        this->copy(this->at(call.value, tokens[0]), value);
-      } else {
-        this->mean(call.key, tokens, count, key);
-        this->mean(call.value, tokens, count, value);
+      taken++;
+      int64_t seen[1 << 7];
+      const int64_t* tokens = call.key_permutation + first;
+      int64_t count = std::min(run, end - first);
+      if (hidden) {
+        auto shown = [hidden](int64_t token) { return !hidden[token]; };
+        count = std::copy_if(tokens, tokens + count, seen, shown) - seen;
+        tokens = seen;
       }
-      scratch.positions[keys] = tokens[0];
-      scratch.masks[keys] = mask < 0 ? nullptr : call.masks + mask + (first - start) * tiles;
-      scratch.bias[keys] = count == 1 ? 0.f : log2f((float)count);
-      pooled |= count > 1;
-      if (++keys == STEP) step();
+      if (!count) continue;
+      take(tokens, count);
+      scratch.masks[keys] = own ? own + (first - start) * tiles : nullptr;
+      if (++keys == KEYS) step();
     }
     if (keys && leaves_out()) step();
+  }
+
+  void take(const int64_t* tokens, int64_t count) {
+    float* key = scratch.keys + (int64_t)keys * scratch.depth;
+    float* value = scratch.values + (int64_t)keys * scratch.width;
+    scratch.value[keys] = value;
+    scratch.positions[keys] = tokens[0];
+    scratch.bias[keys] = 0.f;
+    if (count == 1) {
+      this->copy(this->at(call.key, tokens[0]), key);
+      // Weaving needs no copy of whole vectors.
+      if (Mode::PACKED == 2 && call.head_dim == scratch.width)
+        scratch.value[keys] = this->at(call.value, tokens[0]);
+      else
+        this->copy(this->at(call.value, tokens[0]), value);
+    } else {
+      this->mean(call.key, tokens, count, key);
+      this->mean(call.value, tokens, count, value);
+      scratch.bias[keys] = log2f((float)count);
+      pooled = true;
+    }
   }
 
   bool leaves_out() const { return bound > -INFINITY; }
@@ -232,50 +199,84 @@ struct Row : Reader<Mode, Element> {
   // Let every tile of queries look at the keys that were taken.
   void step() {
     const float* values = nullptr;
-    const int packs = (keys + Mode::PACKED - 1) / Mode::PACKED;
-    for (int i = 0; i < tiles; i++) {
-      Tile& tile = *scratch.tiles[i];
-      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
-                           scratch.scores, keys);
-      if (!(partial ? soften<true>(tile, i) : soften<false>(tile, i))) continue;
-      if constexpr (Mode::PACKED == 2)
-        values = values ? values : weave();
-      else
-        values = scratch.values;
-      product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
-                          Mode::TURNED ? STEP / 2 : 1, scratch.width, packs, tile.sums,
-                          call.head_dim);
-    }
+    look_ahead();
+    const auto beside = [this] { ahead.some(); };
+    const int packs = padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED;
+    for (int i = 0; i < tiles; i++)
+      for (int q = 0; q < TILE; q += PANEL) {
+        Tile& tile = *scratch.tiles[i];
+        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
+                             this->words(), scratch.scores, keys, beside);
+        if (!(partial ? soften<true>(tile, i, q) : soften<false>(tile, i, q))) continue;
+        if constexpr (Mode::PACKED == 2)
+          values = values ? values : weave();
+        else
+          values = scratch.values;
+        product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
+                            Mode::TURNED ? STEP / 2 : 1, scratch.width, packs,
+                            tile.sums + q * scratch.width, call.head_dim, beside);
+      }
     keys = 0;
     pooled = false;
   }
 
-  // Values of neighboring keys side by side in a word; by depth and then key where TURNED.
-  const float* weave() {
-    const int end = Mode::TURNED ? padded(keys, Mode::PAD) : padded(keys, 2);
-    for (int key = keys; key < end; key++)
-      memset(scratch.values + (int64_t)key * scratch.width, 0, scratch.width * sizeof(float));
-    for (int key = 0; key < end; key += 2) {
-      const Half* a = (const Half*)(scratch.values + (int64_t)key * scratch.width);
-      const Half* b = (const Half*)(scratch.values + (int64_t)(key + 1) * scratch.width);
-      uint32_t* to = (uint32_t*)scratch.woven + (int64_t)key / 2 * scratch.width;
-      for (int d = 0; d < scratch.width; d++) to[d] = a[d] | (uint32_t)b[d] << 16;
-    }
-    if (!Mode::TURNED) return scratch.woven;
-    float* turned = scratch.woven + (int64_t)STEP * scratch.width;
-    for (int d = 0; d < scratch.width; d += LANES)
-      for (int pair = 0; pair < end / 2; pair += LANES)
-        transpose(scratch.woven + (int64_t)pair * scratch.width + d, scratch.width,
-                  turned + d * (STEP / 2) + pair, STEP / 2);
-    return turned;
+  // Asks for the key and the value of a token.
+  auto both(const Reader<Mode, Element>& of) {
+    const Element *key = of.at(call.key, 0), *value = of.at(call.value, 0);
+    return [this, key, value, key_step = call.key.token,
+            value_step = call.value.token](int64_t token) {
+      ahead.add(key + token * key_step);
+      ahead.add(value + token * value_step);
+    };
   }
 
-  // Scores to weights; what was summed up before is scaled down where a maximum grew. Returns
-  // whether their values are to be summed up.
+  // What the next step reads; before the last ones, outputs and what the next row begins with.
+  void look_ahead() {
+    ahead.clear();
+    walk.on(taken, [](int64_t) {});
+    walk.on(taken + KEYS, both(*this));
+    const int64_t left = walk.end - walk.entry;
+    if (left <= 2) {
+      const Reader<Mode, Element> next(call, scratch, sample, next_row / call.query_blocks);
+      auto add = [&](const Reader<Mode, Element>& of, const Operand& operand, int64_t number) {
+        const int64_t at = call.query_offsets[number] + after;
+        if (at < call.query_offsets[number + 1]) ahead.add(of.at(operand, call.permutation[at]));
+      };
+      for (int i = 0; i < KEYS / 2; i++, after++) {
+        add(*this, call.output, block);
+        add(next, call.query, next_row % call.query_blocks);
+      }
+      if (!left)
+        Walk(call, next_row).on(KEYS, both(next));
+    }
+    ahead.spread(tiles * (TILE / PANEL) * (besides<Mode>(KEYS) + besides<Mode>(call.head_dim)));
+  }
+
+  // Values of two keys side by side in a word; by depth and then key where TURNED.
+  const float* weave() {
+    const int width = scratch.width, end = padded(keys, 2 * Mode::APART);
+    float* nothing = scratch.values + (int64_t)STEP * width;
+    for (int key = keys; key < end; key++) scratch.value[key] = nothing;
+    for (int key = 0; key < end; key += 2 * Mode::APART) {
+      const Half* const* values = (const Half* const*)(scratch.value + key);
+      if constexpr (Mode::TURNED)
+        Mode::weave(values, width, scratch.woven + key / 2, STEP / 2);
+      else
+        Mode::weave(values, width, scratch.woven + key / 2 * width);
+    }
+    return scratch.woven;
+  }
+
+  // Scores of a panel, from query `q` of the tile, to weights; what was summed up before is scaled
+  // down where a maximum grew. Returns whether their values are to be summed up.
   template <bool MASKED>
-  bool soften(Tile& tile, int number) {
+  bool soften(Tile& tile, int number, int q) {
     constexpr bool ROUGH = Mode::PACKED == 2;
-    const bool changed = MASKED || pooled;
+    float *const scores = scratch.scores, *const weights = scratch.weights;
+    const int keys = this->keys;
+    constexpr int APART = Mode::APART;
+    const int end = padded(keys, APART * Mode::PACKED);
+    const bool changed = MASKED || pooled || keys < end;
     Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
     for (int key = 0; key < keys; key++) {
@@ -284,71 +285,71 @@ struct Row : Reader<Mode, Element> {
       if (MASKED)
         for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
       for (int v = 0; v < VECTORS; v++) {
-        float* at = scratch.scores + key * TILE + v * LANES;
+        float* at = scores + key * PANEL + v * LANES;
         Vector score = load(at);
         if (changed) score = score * all(this->factor) + all(scratch.bias[key]);
         if (MASKED) {
           Bits kept = ~(Bits){};
           for (int axis = 0; axis < windows.axes; axis++)
-            kept &= *(const Bits*)(inside[axis] + v * LANES);
-          if (own) kept &= spread(own[number] >> v * LANES);
+            kept &= *(const Bits*)(inside[axis] + q + v * LANES);
+          if (own) kept &= spread(own[number] >> (q + v * LANES));
           score = where(kept, score, all(HIDDEN));
         }
         if (changed) store(at, score);
         largest[v] = larger(score, largest[v]);
       }
     }
+    for (int key = keys; key < end; key++)
+      for (int v = 0; v < VECTORS; v++) store(scores + key * PANEL + v * LANES, all(HIDDEN));
     const Vector unit = all(changed ? 1.f : this->factor);
     Bits grew = {};
     for (int v = 0; v < VECTORS; v++) {
       largest[v] *= unit;
-      grew |= largest[v] > load(tile.largest + v * LANES) + all(GROWTH);
+      grew |= largest[v] > load(tile.largest + q + v * LANES) + all(GROWTH);
     }
-    if (any(grew)) raise(tile, largest);
-    const bool summed = !leaves_out() || near(tile, largest);
+    if (any(grew)) raise(tile, q, largest);
+    const bool summed = !leaves_out() || near(tile, q, largest);
     for (int v = 0; v < VECTORS; v++) {
-      const Vector top = load(tile.largest + v * LANES);
-      Vector total = load(tile.total + v * LANES);
-      for (int key = 0; key < keys; key += Mode::PACKED) {
-        float* at = scratch.scores + key * TILE + v * LANES;
-        const Vector weight = exp2<ROUGH>(load(at) * unit - top);
-        total += weight;
-        if constexpr (Mode::PACKED == 1) {
-          store(at, weight);
-        } else {
-          Vector next = all(0.f);
-          if (key + 1 < keys) next = exp2<ROUGH>(load(at + TILE) * unit - top);
-          total += next;
-          store(scratch.weights + key / 2 * TILE + v * LANES, Mode::paired(weight, next));
+      const Vector top = load(tile.largest + q + v * LANES);
+      Vector total = load(tile.total + q + v * LANES);
+      for (int first = 0; first < end; first += APART * Mode::PACKED)
+        for (int key = first; key < first + APART; key++) {
+          float* at = scores + key * PANEL + v * LANES;
+          const Vector weight = exp2<ROUGH>(load(at) * unit - top);
+          total += weight;
+          if constexpr (Mode::PACKED == 1) {
+            store(at, weight);
+          } else {
+            const Vector other = exp2<ROUGH>(load(at + APART * PANEL) * unit - top);
+            total += other;
+            store(weights + (key - first / 2) * PANEL + v * LANES,
+                  Mode::paired(weight, other));
+          }
         }
-      }
-      store(tile.total + v * LANES, total);
+      store(tile.total + q + v * LANES, total);
     }
-    if (Mode::TURNED)
-      for (int pair = (keys + 1) / 2; pair < padded(keys, Mode::PAD) / 2; pair++)
-        memset(scratch.weights + pair * TILE, 0, TILE * sizeof(float));
     return summed;
   }
 
-  // Whether a query of the tile has scores near its maximum, which is kept up to date here.
-  bool near(Tile& tile, const Vector* largest) {
+  // Whether a query of the panel has scores near its maximum, which is kept up to date here.
+  bool near(Tile& tile, int q, const Vector* largest) {
     Bits found = {};
     for (int v = 0; v < VECTORS; v++) {
-      const Vector peak = larger(largest[v], load(tile.peak + v * LANES));
-      store(tile.peak + v * LANES, peak);
+      const Vector peak = larger(largest[v], load(tile.peak + q + v * LANES));
+      store(tile.peak + q + v * LANES, peak);
       found |= ~(Bits)(largest[v] - peak < all(bound));
     }
     return any(found);
   }
 
-  void raise(Tile& tile, const Vector* largest) {
+  void raise(Tile& tile, int q, const Vector* largest) {
     for (int v = 0; v < VECTORS; v++) {
-      const Vector before = load(tile.largest + v * LANES);
+      const Vector before = load(tile.largest + q + v * LANES);
       const Vector after = larger(largest[v], before), shrink = exp2<false>(before - after);
-      store(tile.largest + v * LANES, after);
-      store(tile.total + v * LANES, load(tile.total + v * LANES) * shrink);
+      store(tile.largest + q + v * LANES, after);
+      store(tile.total + q + v * LANES, load(tile.total + q + v * LANES) * shrink);
       for (int d = 0; d < call.head_dim; d++) {
-        float* sum = tile.sums + d * TILE + v * LANES;
+        float* sum = tile.sums + scratch.place(q, d, scratch.width) + v * LANES;
         store(sum, load(sum) * shrink);
       }
     }
@@ -372,8 +373,8 @@ struct Row : Reader<Mode, Element> {
   void finish(Tile& tile) {
     for (int d = 0; d < scratch.width; d += LANES)
       for (int i = 0; i < TILE; i += LANES)
-        transpose(tile.sums + d * TILE + i, TILE, scratch.rows + i * scratch.width + d,
-                  scratch.width);
+        transpose(tile.sums + scratch.place(i, d, scratch.width), PANEL,
+                  scratch.rows + i * scratch.width + d, scratch.width);
     for (int i = 0; i < tile.count; i++) {
       // A total that is not a number makes the output not a number, as it must.
       const bool empty = tile.largest[i] == LOWEST && tile.total[i] < 1.f;

@@ -65,15 +65,17 @@ struct Sampled : Reader<Mode, Element> {
                    scratch.keys + (int64_t)keys++ * scratch.depth);
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
-      product<Mode, false>(tile.queries, scratch.keys, scratch.depth, 1, this->words(),
-                           scratch.scores, keys);
-      for (int v = 0; v < VECTORS; v++) {
-        Vector best = all(-INFINITY);
-        for (int key = 0; key < keys; key++)
-          best = larger(load(scratch.scores + key * TILE + v * LANES), best);
-        store(found(i, column) + v * LANES, best);
-        float* largest = tile.largest + v * LANES;
-        store(largest, larger(best, load(largest)));
+      for (int q = 0; q < TILE; q += Mode::PANEL) {
+        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
+                             this->words(), scratch.scores, keys);
+        for (int v = 0; v < Mode::PANEL; v += LANES) {
+          Vector best = all(-INFINITY);
+          for (int key = 0; key < keys; key++)
+            best = larger(load(scratch.scores + key * Mode::PANEL + v), best);
+          store(found(i, column) + q + v, best);
+          float* largest = tile.largest + q + v;
+          store(largest, larger(best, load(largest)));
+        }
       }
     }
   }

@@ -90,14 +90,13 @@ INLINE Vector exp2(Vector x) {
 }
 
 // LANES x LANES words, in log2(LANES) rounds that interleave the first half with the second.
-INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Vector rows[LANES], mixed[LANES];
+INLINE void transpose(Vector (&rows)[LANES]) {
+  Vector mixed[LANES];
   Bits low, high;
   for (int i = 0; i < LANES; i++) {
     low[i] = i / 2 + (i % 2) * LANES;
     high[i] = low[i] + LANES / 2;
   }
-  for (int i = 0; i < LANES; i++) memcpy(&rows[i], from + i * from_stride, sizeof(Vector));
   for (int round = 1; round < LANES; round *= 2) {
     for (int i = 0; i < LANES / 2; i++) {
       mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], low);
@@ -105,6 +104,12 @@ INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t
     }
     for (int i = 0; i < LANES; i++) rows[i] = mixed[i];
   }
+}
+
+INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vector rows[LANES];
+  for (int i = 0; i < LANES; i++) memcpy(&rows[i], from + i * from_stride, sizeof(Vector));
+  transpose(rows);
   for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &rows[i], sizeof(Vector));
 }
 

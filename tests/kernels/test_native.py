@@ -112,21 +112,22 @@ def test_any_finite_scale(scale: float, dtype: torch.dtype, operands, masked_att
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("size", "head_dim"), [(64, 64), (42, 64), (42, 40)])
 def test_what_is_no_number_goes_where_attention_takes_it(
-    dtype: torch.dtype, which: str, bad: float, operands
+    dtype: torch.dtype, which: str, bad: float, size: int, head_dim: int, operands
 ):
-    grid = TokenGrid(1, 4, 32)
+    grid = TokenGrid(1, 2, size)
     mask = torch.eye(2, dtype=torch.bool)[None]
-    names = dict(zip(("query", "key", "value"), operands(grid.tokens, 1, 64), strict=True))
+    names = dict(zip(("query", "key", "value"), operands(grid.tokens, 1, head_dim), strict=True))
     names = {name: tensor[:1].to(dtype) for name, tensor in names.items()}
     names[which][0, 5, 0, 3] = bad
     output, _ = sparse_attention(
-        **names, blocks=from_block_mask(mask, grid, None, 64, 64), backend="native"
+        **names, blocks=from_block_mask(mask, grid, None, size, size), backend="native"
     )
     halves = []
-    for rows in (slice(64), slice(64, 128)):
+    for rows in (slice(size), slice(size, 2 * size)):
         query, key, value = (names[n][0, rows, 0].double() for n in ("query", "key", "value"))
-        halves.append((query @ key.T / 8).softmax(-1) @ value)
+        halves.append((query @ key.T * head_dim**-0.5).softmax(-1) @ value)
     assert torch.equal(output[0, :, 0].isfinite(), torch.cat(halves).isfinite())
 
 
