@@ -10,86 +10,12 @@
 // tokens, and widened or paired, once for all tiles of queries of the block.
 #pragma once
 
-#include <cmath>
-
 #include "ahead.h"
-#include "scratch.h"
+#include "reader.h"
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
 constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
 constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
-
-// One head of one sample, and how its tensors are read.
-template <class Mode, class Element>
-struct Reader {
-  const Call& call;
-  Scratch<Mode>& scratch;
-  const int64_t sample, head;
-  const float scale;   // of float32 queries, to scores in powers of two
-  const float factor;  // of scores, where queries stay as they are but for their sign
-  const Half sign;
-
-  Reader(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head)
-      : call(call),
-        scratch(scratch),
-        sample(sample),
-        head(head),
-        scale((float)call.scale * LOG2_E),
-        factor(Mode::PACKED == 2 ? std::fabs(scale) : 1.f),
-        sign(call.scale < 0 ? 0x8000 : 0) {}
-
-  int words() const { return (call.head_dim + Mode::PACKED - 1) / Mode::PACKED; }
-
-  const Element* at(const Operand& operand, int64_t token) const {
-    return (const Element*)operand.data + sample * operand.batch + token * operand.token +
-           head * operand.head;
-  }
-
-  // The queries of `count` tokens (-1: none) as columns.
-  void queries(Tile& tile, const int64_t* tokens, int count) {
-    for (int i = 0; i < TILE; i++) {
-      float* row = scratch.rows + i * scratch.width;
-      memset(row, 0, scratch.width * sizeof(float));
-      if (i >= count || tokens[i] < 0) continue;
-      const Element* query = at(call.query, tokens[i]);
-      if constexpr (Mode::PACKED == 2)
-        for (int d = 0; d < call.head_dim; d++) ((Half*)row)[d] = query[d].bits ^ sign;
-      else
-        for (int d = 0; d < call.head_dim; d++) row[d] = widened(query[d]) * scale;
-    }
-    for (int d = 0; d < scratch.depth; d += LANES)
-      for (int i = 0; i < TILE; i += LANES)
-        transpose(scratch.rows + i * scratch.width + d, scratch.width,
-                  tile.queries + scratch.place(i, d, scratch.depth), Mode::PANEL);
-  }
-
-  void copy(const Element* from, float* to) const {
-    const int size = (int)call.head_dim;  // here, no store can be thought to change it
-    if constexpr (Mode::PACKED == 1 && sizeof(Element) == 2) {
-      for (int d = 0; d < size; d++) to[d] = widened(from[d]);
-    } else {
-      constexpr int GRAIN = sizeof(Vector) / sizeof(Element);  // of known size, no call
-      Element* elements = (Element*)to;
-      int d = 0;
-      for (; d + GRAIN <= size; d += GRAIN)
-        memcpy(elements + d, from + d, GRAIN * sizeof(Element));
-      for (; d < size; d++) elements[d] = from[d];
-    }
-  }
-
-  void mean(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {
-    float* sum = Mode::PACKED == 2 ? scratch.rows : to;
-    for (int d = 0; d < call.head_dim; d++) sum[d] = 0.f;
-    for (int64_t i = 0; i < count; i++) {
-      const Element* next = at(operand, tokens[i]);
-      for (int d = 0; d < call.head_dim; d++) sum[d] += widened(next[d]);
-    }
-    for (int d = 0; d < call.head_dim; d++) sum[d] /= count;
-    if constexpr (Mode::PACKED == 2)
-      for (int d = 0; d < call.head_dim; d++) narrow(sum[d], ((Element*)to)[d]);
-  }
-};
 
 // One query block of one head of one sample.
 template <class Mode, class Element>
@@ -134,6 +60,7 @@ struct Row : Reader<Mode, Element> {
     std::fill_n(tile.total, TILE, 0.f);
     // Lanes without a query never keep a tile.
     for (int i = 0; i < TILE; i++) tile.peak[i] = i < count ? LOWEST : INFINITY;
+    tile.bounds = {};
     for (int axis = 0; axis < windows.axes; axis++) {
       std::fill_n(tile.known[axis], SLOTS, INT64_MIN);
       // Lanes without a query see nothing: what an earlier row left there would decide when
@@ -142,6 +69,9 @@ struct Row : Reader<Mode, Element> {
         const int64_t at = i < count ? axis * call.queries + tile.tokens[i] : -1;
         tile.low[axis][i] = at < 0 ? 0 : windows.low[at];
         tile.size[axis][i] = at < 0 ? 0 : windows.size[at];
+        if (at < 0) continue;
+        tile.bounds.low[axis].add(tile.low[axis][i]);
+        tile.bounds.end[axis].add((int64_t)tile.low[axis][i] + tile.size[axis][i]);
       }
     }
   }
@@ -202,12 +132,19 @@ struct Row : Reader<Mode, Element> {
     look_ahead();
     const auto beside = [this] { ahead.some(); };
     const int packs = padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED;
-    for (int i = 0; i < tiles; i++)
+    Span places[AXES];
+    const bool windowed = partial && !scratch.masks[0];
+    for (int axis = 0; windowed && axis < windows.axes; axis++)
+      for (int key = 0; key < keys; key++) places[axis].add(place(axis, key));
+    for (int i = 0; i < tiles; i++) {
+      Tile& tile = *scratch.tiles[i];
+      const Kept kept = windowed ? tile.bounds.kept(places, windows.axes) : Kept::SOME;
+      if (kept == Kept::NONE) continue;
+      const bool masked = partial && kept == Kept::SOME;
       for (int q = 0; q < TILE; q += PANEL) {
-        Tile& tile = *scratch.tiles[i];
         product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
                              this->words(), scratch.scores, keys, beside);
-        if (!(partial ? soften<true>(tile, i, q) : soften<false>(tile, i, q))) continue;
+        if (!(masked ? soften<true>(tile, i, q) : soften<false>(tile, i, q))) continue;
         if constexpr (Mode::PACKED == 2)
           values = values ? values : weave();
         else
@@ -216,6 +153,7 @@ struct Row : Reader<Mode, Element> {
                             Mode::TURNED ? STEP / 2 : 1, scratch.width, packs,
                             tile.sums + q * scratch.width, call.head_dim, beside);
       }
+    }
     keys = 0;
     pooled = false;
   }
@@ -355,15 +293,19 @@ struct Row : Reader<Mode, Element> {
     }
   }
 
+  int64_t place(int axis, int key) const {
+    return windows.place[axis * call.keys + scratch.positions[key]];
+  }
+
   // Which queries of the tile have the key's place on an axis inside their window.
   const int32_t* mask(Tile& tile, int axis, int key) {
-    const int64_t place = windows.place[axis * call.keys + scratch.positions[key]];
-    const int slot = place & (SLOTS - 1);
+    const int64_t own = place(axis, key);
+    const int slot = own & (SLOTS - 1);
     int32_t* inside = tile.inside[axis][slot];
-    if (tile.known[axis][slot] != place) {
-      tile.known[axis][slot] = place;
+    if (tile.known[axis][slot] != own) {
+      tile.known[axis][slot] = own;
       for (int i = 0; i < TILE; i++) {
-        const int64_t offset = place - tile.low[axis][i];
+        const int64_t offset = own - tile.low[axis][i];
         inside[i] = -(int32_t)(offset >= 0 && offset < tile.size[axis][i]);
       }
     }

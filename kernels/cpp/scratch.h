@@ -7,10 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "bounds.h"
 #include "product.h"
 
 constexpr int VECTORS = TILE / LANES;
-constexpr int AXES = 4;
 constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
 
 // The queries of a tile, and what is summed up for them while their row is visited.
@@ -21,6 +21,7 @@ struct Tile {
   alignas(64) float largest[TILE], total[TILE];
   alignas(64) float peak[TILE];                              // the true maximum, for pv_skip
   alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
+  Bounds bounds;
   int64_t known[AXES][SLOTS];
   alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
 };
