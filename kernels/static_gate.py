@@ -171,7 +171,7 @@ def _count(architecture: int, head_dim: int, name: str) -> Row:
 def _row(architecture: int, head_dim: int, name: str, counted: dict[str, Row]) -> Row:
     own, yardstick = dict(counted[name]), _YARDSTICK.get(name, "beside")
     beside = own.pop("beside")
-    against: Row = counted[yardstick] if yardstick in counted else beside
+    against: Row = {"beside": beside, **counted}[yardstick]
     return {
         "arch": architecture,
         "head_dim": head_dim,

@@ -90,7 +90,7 @@ def test_refuses_masks_that_are_too_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "target_of", lambda device: Target("interpreter"))
     blocks = block_indices([Full(), Radial()], GRID)
     assert gpu.supports(a_call(blocks)) is None
-    monkeypatch.setattr(bitmasks, "_MOST_BYTES", 1 << 9)
+    monkeypatch.setattr(bitmasks, "_MOST_BYTES", 1 << 8)
     again = block_indices([Full(), Radial()], GRID)
     expected = "radial is not made of intervals, and masks of its partial blocks take 0 MiB; at"
     assert (gpu.supports(a_call(again)) or "").startswith(expected)
@@ -111,7 +111,7 @@ def test_longest_rows_come_first_and_tables_are_made_once():
     blocks = block_indices([Skip(), Full()], GRID, tile(2, 2, 4), 16, 16)
     device = torch.device("cpu")
     work = worklist(blocks, 16, 16, device)
-    lengths = work.lists.bounds[::3].diff()[work.lists.rows]
+    lengths = work.lists.bounds[::4].diff()[work.lists.rows]
     assert work.lists.rows[0] == blocks.query_blocks
     assert lengths[0] == lengths.max()
     assert worklist(blocks, 16, 16, device) is work
