@@ -38,9 +38,8 @@ def unwindowed(blocks: BlockIndices) -> dict[Pattern, list[int]]:
     return {p: heads for p, heads in partial.items() if p.windows(blocks.grid) is None}
 
 
-def refusal(blocks: BlockIndices) -> str | None:
-    """Why the masks of a list's unwindowed patterns are not made, or `None`."""
-    patterns = unwindowed(blocks)
+def refusal(blocks: BlockIndices, patterns: Heads) -> str | None:
+    """Why the masks of `patterns`, those without windows, are not made, or `None`."""
     masked = mask_bytes(blocks, patterns)
     if masked <= _MOST_BYTES:
         return None

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.bitmasks import refusal
+from dit_sparse.kernels.bitmasks import refusal, unwindowed
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.target import Target, interpreter_asked, target_of
@@ -43,7 +43,7 @@ def supports(call: AttentionCall) -> str | None:
     if query.shape[-1] > MOST_HEAD_DIM:
         return f"takes head_dim up to {MOST_HEAD_DIM}, got {query.shape[-1]}"
     if call.blocks not in _refusals:
-        _refusals[call.blocks] = refusal(call.blocks)
+        _refusals[call.blocks] = refusal(call.blocks, unwindowed(call.blocks))
     return _refusals[call.blocks]
 
 

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, refusal, unwindowed
+from dit_sparse.kernels.bitmasks import BitMasks, bit_masks, refusal
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.compiler import instruction_sets, library
@@ -300,8 +300,8 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
     if grid.valid_text is not None:
         hidden = ~grid.real(len(grid.valid_text)).index_select(1, blocks.key_raster)
     rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
-    refused = refusal(blocks)
-    masked = unwindowed(blocks)
+    masked = {p: heads for p, heads in partial.items() if kept[p] is None}
+    refused = refusal(blocks, masked)
     return _Prepared(refused, windows, list(windowed.values()), rows, hidden, masked)
 
 

@@ -92,7 +92,7 @@ def test_refuses_masks_that_are_too_large(monkeypatch: pytest.MonkeyPatch):
     assert gpu.supports(a_call(blocks)) is None
     monkeypatch.setattr(bitmasks, "_MOST_BYTES", 1 << 8)
     again = block_indices([Full(), Radial()], GRID)
-    expected = "radial is not made of intervals, and masks of its partial blocks take 0 MiB; at"
+    expected = "radial paper is not made of intervals, and masks of its partial blocks take"
     assert (gpu.supports(a_call(again)) or "").startswith(expected)
 
 
