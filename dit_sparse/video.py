@@ -99,7 +99,13 @@ def _encode(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes its place only when all went well."""
+    """Yield a path beside `path` to write to; it takes its place only when all went well.
+
+    Raises:
+        ValueError: `path` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, {path} is a folder; name a file in it")
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield partial

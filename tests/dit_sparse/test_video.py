@@ -1,5 +1,6 @@
 """Video files: masters are exact, previews are playable, nothing is left half-written."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,10 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         write()
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
     assert path.read_text() == "old"
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    message = f"expected a file to write, {tmp_path} is a folder; name a file in it"
+    with pytest.raises(ValueError, match=re.escape(message)), replacing(tmp_path):
+        pytest.fail("was written")
+    assert list(tmp_path.parent.glob(f".*{tmp_path.name}")) == []
