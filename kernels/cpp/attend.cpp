@@ -50,7 +50,7 @@ struct Attend {
   }
 };
 
-constexpr int64_t TILES = 4;  // of queries, that share a copy of the keys
+constexpr int64_t TILES = 8;  // of queries, that share a copy of the keys
 
 struct FindLargest {
   const Samples samples;

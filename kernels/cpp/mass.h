@@ -18,8 +18,8 @@ struct Mass : Reader<Mode, Element> {
     for (int i = 0; i < tiles; i++) start(*scratch.tiles[i], slots + i * TILE);
     for (int64_t column = 0; column < key_blocks; column++) {
       for (int i = 0; i < tiles; i++) std::fill_n(scratch.tiles[i]->total, TILE, 0.f);
-      for (int64_t at = call.key_offsets[column]; at < call.key_offsets[column + 1]; at += STEP)
-        step(tiles, at, std::min<int64_t>(STEP, call.key_offsets[column + 1] - at));
+      for (int64_t at = call.key_offsets[column]; at < call.key_offsets[column + 1]; at += Mode::KEYS)
+        step(tiles, at, std::min<int64_t>(Mode::KEYS, call.key_offsets[column + 1] - at));
       for (int i = 0; i < tiles; i++)
         add(*scratch.tiles[i], block + i * TILE, out + column, key_blocks);
     }
