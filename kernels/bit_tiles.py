@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.bitmasks import WORD, bit_masks, unwindowed
+from dit_sparse.kernels.bitmasks import WORD, Heads, bit_masks
 from dit_sparse.kernels.blocks import BlockIndices
 from dit_sparse.kernels.tiling import Tiling
 
@@ -24,31 +24,27 @@ class Bits(NamedTuple):
     stride: Tensor
 
 
-def bit_heads(blocks: BlockIndices) -> list[int]:
-    """The heads whose partial blocks are masked by bits."""
-    return sorted(head for heads in unwindowed(blocks).values() for head in heads)
-
-
 def bit_tiles(
     blocks: BlockIndices,
+    patterns: Heads,
     queries: Tiling,
     keys: Tiling,
     entry: Tensor,
     query_tile: Tensor,
     key_tile: Tensor,
 ) -> Bits:
-    """The masks of `blocks` for listed tiles, of which `entry` is the place in its list."""
+    """The masks of `patterns`, those of `blocks` without windows, for listed tiles, of which
+    `entry` is the place in its list."""
     device = entry.device
+    if not patterns:
+        none = torch.zeros(0, dtype=torch.int32, device=device)
+        return Bits(none, none, none, none)
     query_offsets, key_offsets = (
         offsets.to(device) for offsets in (blocks.query_offsets, blocks.key_offsets)
     )
     # A word of 64 bits is two of 32, the lower first, as all machines with such a GPU have them.
     stride = 2 * ((query_offsets.diff() + WORD - 1) // WORD)[queries.block]
     offset = queries.first - query_offsets[queries.block]
-    patterns = unwindowed(blocks)
-    if not patterns:
-        none = torch.zeros(0, dtype=torch.int32, device=device)
-        return Bits(none, none, none, none)
     masks = bit_masks(blocks, patterns)
     within = keys.first[key_tile] - key_offsets[keys.block[key_tile]]
     at = 2 * masks.first.to(device)[entry] + within * stride[query_tile]

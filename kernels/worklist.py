@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.bit_tiles import Bits, bit_heads, bit_tiles
+from dit_sparse.kernels.bit_tiles import Bits, bit_tiles
+from dit_sparse.kernels.bitmasks import unwindowed
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.order import ORDERS, raster
 from dit_sparse.kernels.pooled import Pooled, Runs, pooled
@@ -99,12 +100,14 @@ def _build(blocks: BlockIndices, block_q: int, block_k: int, device: torch.devic
     row, source, tile, whole = (x[~empty] for x in (row, source, tile, whole))
     full = (real == block_k).all(0)
     kind = torch.where(rules.interval_group >= 0, 2, 1)
-    kind[bit_heads(blocks)] = 3
+    patterns = unwindowed(blocks)
+    for heads in patterns.values():
+        kind[heads] = 3
     section = torch.where(whole, torch.where(full[tile], 0, 1), kind[row // len(queries)])
     order = torch.argsort(_SECTIONS * row + section, stable=True)
     counts = (_SECTIONS * row + section).bincount(minlength=_SECTIONS * rows)
     places = (x[order] for x in (source, row % len(queries), tile))
-    bits = bit_tiles(blocks, queries, keys, *places)
+    bits = bit_tiles(blocks, patterns, queries, keys, *places)
     listed = torch.where(whole & ~full[tile], -1 - tile, tile)
 
     counted = counts.view(rows, _SECTIONS)

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from dit_sparse.bench import write_bench
 from dit_sparse.environment import environment
 from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.report import AttentionReport
 from dit_sparse.pipelines.stopwatch import Stopwatch
-from dit_sparse.video import replacing
 
 # Its names are resolved lazily, which type checkers take for private.
 diffusers: Any = importlib.import_module("diffusers")
@@ -154,12 +153,8 @@ def main() -> None:
         "refused": refused,
         "environment": environment(),
     }
-    for path, text in (
-        (asked.out, json.dumps(data, indent=1)),
-        (asked.out.with_suffix(".md"), table(data)),
-    ):
-        with replacing(path) as part:
-            part.write_text(text + "\n")
+    write_bench(asked.out, data)
+    asked.out.with_suffix(".md").write_text(table(data))
     print(table(data))
 
 

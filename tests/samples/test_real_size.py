@@ -25,9 +25,9 @@ def test_plans_are_timed_beside_dense_and_refusals_are_told(
         return run(pipe, plan, steps)
 
     monkeypatch.setattr(real_size, "run", refusing)
-    out = tmp_path / "found.json"
-    command = f"real_size.py --presets gna,sta --steps 3 --device cpu --out {out}"
-    monkeypatch.setattr(sys, "argv", command.split())
+    out = tmp_path / "new folder" / "found.json"
+    command = ["real_size.py", "--presets", "gna,sta", "--steps", "3", "--device", "cpu", "--out"]
+    monkeypatch.setattr(sys, "argv", [*command, str(out)])
     real_size.main()
     data = json.loads(out.read_text())
     dense, gna = data["rows"]
