@@ -24,7 +24,7 @@ from dit_sparse.kernels.compiler import instruction_sets, library
 from dit_sparse.kernels.pattern import Pattern
 from dit_sparse.kernels.predicates import partial_patterns
 from dit_sparse.kernels.sample import segments
-from dit_sparse.kernels.windows import Windows, everything
+from dit_sparse.kernels.windows import everything
 
 _TILE = 64  # TILE of cpp/product.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -79,7 +79,6 @@ class _Call(ctypes.Structure):
         ("row_pointer", ctypes.c_void_p),
         ("key_block", ctypes.c_void_p),
         ("tag", ctypes.c_void_p),
-        ("longest_first", ctypes.c_void_p),
         ("windows", ctypes.c_void_p),
         ("mask_first", ctypes.c_void_p),
         ("masks", ctypes.c_void_p),
@@ -90,6 +89,7 @@ class _Call(ctypes.Structure):
         ("heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("query_blocks", ctypes.c_int64),
+        ("key_blocks", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
         ("pv_skip", ctypes.c_double),
@@ -102,10 +102,8 @@ class _Prepared:
     """What the library reads of one BlockIndices, or why it cannot; kept alive with it."""
 
     refusal: str | None
-    windows: ctypes.Array
-    kept: list[Windows]
-    longest_first: Tensor
-    hidden: Tensor | None
+    call: _Call  # without operands
+    kept: tuple[object, ...]  # what the call points to
     unwindowed: dict[Pattern, list[int]]
     masks: BitMasks | None = None
 
@@ -136,6 +134,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     prepared = _prepared_of(call.blocks)
     if prepared.masks is None and prepared.unwindowed:
         prepared.masks = bit_masks(call.blocks, prepared.unwindowed)
+        prepared.call.mask_first = prepared.masks.first.data_ptr()
+        prepared.call.masks = prepared.masks.words.data_ptr()
     _run("attend", call, output, lse)
     return output, lse
 
@@ -146,7 +146,7 @@ def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     out = torch.zeros((batch, heads, blocks.query_blocks, blocks.key_blocks))
     slots, block, groups = _slots(blocks, rows)
     count = len(groups) - 1
-    _run("mass", call, call.query, lse, slots, block, groups, count, blocks.key_blocks, out)
+    _run("mass", call, call.query, lse, slots, block, groups, count, out)
     return out
 
 
@@ -160,7 +160,7 @@ def largest(call: AttentionCall, rows: Tensor, columns: Tensor) -> Tensor:
     blocks, (batch, _, heads, _) = call.blocks, call.query.shape
     out = torch.empty((batch, heads, blocks.query_blocks, blocks.key_blocks))
     own, count = int(len(rows) > 1), rows.shape[2]
-    _run("largest", call, call.query, None, rows, columns, count, blocks.key_blocks, own, out)
+    _run("largest", call, call.query, None, rows, columns, count, own, out)
     return out
 
 
@@ -211,43 +211,18 @@ def _run(
 
 def _asked(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[_Call, object]:
     """The call as the library reads it, and what must live until it is done."""
-    blocks = call.blocks
     operands = [
         x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value)
     ]
-    batch, queries, heads, head_dim = call.query.shape
-    prepared = _prepared_of(blocks)
-    masks = prepared.masks
-    lists = (
-        blocks.permutation.long(),
-        blocks.key_permutation.long(),
-        blocks.query_offsets,
-        blocks.key_offsets,
-        blocks.row_pointer,
-        blocks.key_block,
-        blocks.tag,
-        prepared.longest_first,
-    )
-    asked = _Call(
-        *(_operand(x) for x in (*operands, output)),
-        None if lse is None else lse.data_ptr(),
-        *(x.data_ptr() for x in lists),
-        ctypes.addressof(prepared.windows),
-        None if masks is None else masks.first.data_ptr(),
-        None if masks is None else masks.words.data_ptr(),
-        None if prepared.hidden is None else prepared.hidden.data_ptr(),
-        batch,
-        queries,
-        call.key.shape[1],
-        heads,
-        head_dim,
-        blocks.query_blocks,
-        torch.get_num_threads(),
-        call.scale,
-        -math.inf if call.pv_skip is None else call.pv_skip,
-        _parallel(),
-    )
-    return asked, (operands, lists, prepared, lse)
+    asked = _Call.from_buffer_copy(_prepared_of(call.blocks).call)
+    asked.query, asked.key, asked.value, asked.output = map(_operand, (*operands, output))
+    asked.lse = None if lse is None else lse.data_ptr()
+    asked.batch, asked.queries, asked.heads, asked.head_dim = call.query.shape
+    asked.keys = call.key.shape[1]
+    asked.threads = torch.get_num_threads()
+    asked.scale = call.scale
+    asked.pv_skip = -math.inf if call.pv_skip is None else call.pv_skip
+    return asked, operands
 
 
 def _slots(blocks: BlockIndices, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,10 +274,25 @@ def _prepare(blocks: BlockIndices) -> _Prepared:
     hidden = None
     if grid.valid_text is not None:
         hidden = ~grid.real(len(grid.valid_text)).index_select(1, blocks.key_raster)
-    rows = blocks.row_pointer.diff().argsort(descending=True, stable=True)
     masked = {p: heads for p, heads in partial.items() if kept[p] is None}
-    refused = refusal(blocks, masked)
-    return _Prepared(refused, windows, list(windowed.values()), rows, hidden, masked)
+    lists = {
+        "permutation": blocks.permutation.long(),
+        "key_permutation": blocks.key_permutation.long(),
+        "query_offsets": blocks.query_offsets,
+        "key_offsets": blocks.key_offsets,
+        "row_pointer": blocks.row_pointer,
+        "key_block": blocks.key_block,
+        "tag": blocks.tag,
+        "hidden": hidden,
+    }
+    call = _Call(
+        windows=ctypes.addressof(windows),
+        query_blocks=blocks.query_blocks,
+        key_blocks=blocks.key_blocks,
+        parallel=_parallel(),
+        **{name: x.data_ptr() for name, x in lists.items() if x is not None},
+    )
+    return _Prepared(refusal(blocks, masked), call, (windows, windowed, lists), masked)
 
 
 @cache

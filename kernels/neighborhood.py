@@ -101,13 +101,12 @@ class Neighborhood(Definition):
         return video_rows(grid, queries, rearrange(video, "n t h w -> n (t h w)"))
 
     def windows(self, grid: TokenGrid) -> Windows:
-        # In place and in 32 bits: of a long video these tables are a part of what a call holds.
-        places = grid.coordinates(torch.arange(grid.tokens, dtype=torch.int32))
-        tables = torch.empty(3, 3, grid.tokens, dtype=torch.int32)
-        for axis, place in enumerate(places):
-            place.clamp_min_(0)
+        # Nothing is held beside the tables: of a long video they are a part of what a call holds.
+        tables = torch.zeros(3, 3, grid.tokens, dtype=torch.int32)
+        video = tables.narrow(2, grid.text_before, grid.video).unflatten(2, grid.shape)
+        for axis in range(3):
             for part, values in enumerate(self.axis_windows(grid, axis)):
-                torch.index_select(values, 0, place, out=tables[part, axis])
+                video[part, axis] = values[(..., *(None,) * (2 - axis))]
         return Windows(*tables)
 
     def axis_windows(self, grid: TokenGrid, axis: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,21 +19,29 @@ static void on_threads(const Call& call, Work& work) {
   for (auto& thread : others) thread.join();
 }
 
-// Let all threads take items 0, 1, ... until none is left. Scratches hold `more` words beside.
-template <class Mode, class Item>
-static void share_out(const Call& call, int64_t block_q, int64_t items, const Item& item,
-                      int64_t more = 0) {
+// Threads, each with a scratch that holds `more` words beside.
+template <class Mode>
+struct Crew {
+  const Call& call;
   std::vector<std::unique_ptr<Scratch<Mode>>> scratches;
-  for (int64_t i = 0; i < call.threads; i++)
-    scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q, more));
-  std::atomic<int64_t> next{0}, thread{0};
-  auto work = [&] {
-    [[maybe_unused]] const typename Mode::Session session;
-    Scratch<Mode>& scratch = *scratches[thread++];
-    for (int64_t number; (number = next++) < items;) item(scratch, number);
-  };
-  on_threads(call, work);
-}
+
+  Crew(const Call& call, int64_t block_q, int64_t more = 0) : call(call) {
+    for (int64_t i = 0; i < call.threads; i++)
+      scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q, more));
+  }
+
+  // Lets all threads take items 0, 1, ... until none is left.
+  template <class Item>
+  void share_out(int64_t items, const Item& item) {
+    std::atomic<int64_t> next{0}, thread{0};
+    auto work = [&] {
+      [[maybe_unused]] const typename Mode::Session session;
+      Scratch<Mode>& scratch = *scratches[thread++];
+      for (int64_t number; (number = next++) < items;) item(scratch, number);
+    };
+    on_threads(call, work);
+  }
+};
 
 struct Attend {
   template <class Mode, class Element>
@@ -41,12 +49,25 @@ struct Attend {
     int64_t block_q = 0;
     for (int64_t i = 0; i < call.query_blocks; i++)
       block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
-    const int64_t items = call.batch * call.heads * call.query_blocks;
-    auto row = [&](int64_t number) { return call.longest_first[number / call.batch]; };
-    share_out<Mode>(call, block_q, items, [&](Scratch<Mode>& scratch, int64_t number) {
-      const int64_t next = std::min(number + call.threads, items - 1);
-      Row<Mode, Element>(call, scratch, number % call.batch, row(number), row(next));
-    });
+    Crew<Mode> crew(call, block_q);
+    Shelf<Mode, Element> shelf(call, *crew.scratches[0]);
+    const int64_t lists = call.heads * call.query_blocks, rows = call.batch * lists;
+    auto length = [&](int64_t row) {
+      return call.row_pointer[row % lists + 1] - call.row_pointer[row % lists];
+    };
+    std::vector<int64_t> longest_first;
+    for (int64_t row = 0; row < rows;) {
+      const int64_t end = shelf.clear(row, rows);
+      longest_first.clear();
+      for (; row < end; row++) longest_first.push_back(row);
+      std::stable_sort(longest_first.begin(), longest_first.end(),
+                       [&](int64_t a, int64_t b) { return length(a) > length(b); });
+      const int64_t last = longest_first.size() - 1;
+      crew.share_out(last + 1, [&](Scratch<Mode>& scratch, int64_t i) {
+        const int64_t next = std::min(i + call.threads, last);
+        Row<Mode, Element>(call, scratch, shelf, longest_first[i], longest_first[next]);
+      });
+    }
   }
 };
 
@@ -72,8 +93,8 @@ struct FindLargest {
       Sampled<Mode, Element>(call, scratch, sample, head, own, number % groups * step,
                              out + (sample * call.heads + head) * pairs);
     };
-    share_out<Mode>(call, TILES * TILE, call.batch * call.heads * groups, item,
-                    TILES * TILE * samples.key_blocks);
+    Crew<Mode>(call, TILES * TILE, TILES * TILE * samples.key_blocks)
+        .share_out(call.batch * call.heads * groups, item);
   }
 };
 
@@ -93,8 +114,9 @@ struct RankMeans {
       Pool<Mode, Element>(call, scratch, pair / call.heads, pair % call.heads, side,
                           number % side.blocks);
     };
-    share_out<Mode>(call, 0, of_queries + pairs * keys.blocks, pool);
-    share_out<Mode>(call, 0, call.heads * queries.blocks, [&](Scratch<Mode>&, int64_t number) {
+    Crew<Mode> crew(call, 0);
+    crew.share_out(of_queries + pairs * keys.blocks, pool);
+    crew.share_out(call.heads * queries.blocks, [&](Scratch<Mode>&, int64_t number) {
       rank(call, queries, keys, similarity, number / queries.blocks, number % queries.blocks,
            weight, forced);
     });
@@ -105,22 +127,23 @@ struct RankMeans {
 struct AddMass {
   const int64_t *slots, *block;  // [tiles][TILE]
   const int64_t* group;          // [groups + 1]: tiles of each
-  int64_t groups, key_blocks;
+  int64_t groups;
   float* out;
 
   template <class Mode, class Element>
   void run(const Call& call) const {
-    const int64_t each = call.query_blocks * key_blocks, parts = (groups + TILES - 1) / TILES;
+    const int64_t each = call.query_blocks * call.key_blocks, parts = (groups + TILES - 1) / TILES;
     const int64_t items = call.batch * call.heads * parts;
-    share_out<Mode>(call, TILES * TILE, items, [&](Scratch<Mode>& scratch, int64_t number) {
+    auto item = [&](Scratch<Mode>& scratch, int64_t number) {
       const int64_t first = number % parts * TILES, head = number / parts % call.heads;
       const int64_t sample = number / parts / call.heads;
       const int64_t end = group[std::min(first + TILES, groups)];
       for (int64_t tile = group[first]; tile < end; tile += TILES)
         Mass<Mode, Element>(call, scratch, sample, head, slots + tile * TILE, block + tile * TILE,
                             (int)std::min(TILES, end - tile),
-                            out + (sample * call.heads + head) * each, key_blocks);
-    });
+                            out + (sample * call.heads + head) * each);
+    };
+    Crew<Mode>(call, TILES * TILE).share_out(items, item);
   }
 };
 
@@ -154,14 +177,14 @@ extern "C" int dit_sparse_attend(const Call* call, int dtype) {
 
 extern "C" int dit_sparse_mass(const Call* call, int dtype, const int64_t* slots,
                                const int64_t* block, const int64_t* group, int64_t groups,
-                               int64_t key_blocks, float* out) {
-  return with_dtype(*call, dtype, AddMass{slots, block, group, groups, key_blocks, out});
+                               float* out) {
+  return with_dtype(*call, dtype, AddMass{slots, block, group, groups, out});
 }
 
 extern "C" int dit_sparse_largest(const Call* call, int dtype, const int64_t* rows,
-                                  const int64_t* columns, int64_t each, int64_t key_blocks,
-                                  int64_t own, float* out) {
-  const Samples samples{rows, columns, each, call->query_blocks, key_blocks};
+                                  const int64_t* columns, int64_t each, int64_t own,
+                                  float* out) {
+  const Samples samples{rows, columns, each, call->query_blocks, call->key_blocks};
   return with_dtype(*call, dtype, FindLargest{samples, own != 0, out});
 }
 

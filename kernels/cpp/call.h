@@ -22,12 +22,11 @@ struct Call {
   const int64_t *query_offsets, *key_offsets;
   const int32_t *row_pointer, *key_block;
   const int8_t* tag;
-  const int64_t* longest_first;  // the rows (head, query block) as they should be begun
   const Windows* windows;        // of every head
   const int64_t* mask_first;     // [entries]: where in `masks`, -1 where windows decide; or null
   const uint64_t* masks;         // of kernels/bitmasks.py
   const uint8_t* hidden;         // [batch][keys], or null if no text is padded
-  int64_t batch, queries, keys, heads, head_dim, query_blocks, threads;
+  int64_t batch, queries, keys, heads, head_dim, query_blocks, key_blocks, threads;
   double scale;
   double pv_skip;                // -infinity to leave no values out
   void* parallel;                // GOMP_parallel of the OpenMP that PyTorch runs on, or null

@@ -13,15 +13,15 @@ struct Mass : Reader<Mode, Element> {
 
   // Adds to `out` [query_blocks][key_blocks]; `block` is that of each slot.
   Mass(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head,
-       const int64_t* slots, const int64_t* block, int tiles, float* out, int64_t key_blocks)
+       const int64_t* slots, const int64_t* block, int tiles, float* out)
       : Reader<Mode, Element>(call, scratch, sample, head) {
     for (int i = 0; i < tiles; i++) start(*scratch.tiles[i], slots + i * TILE);
-    for (int64_t column = 0; column < key_blocks; column++) {
+    for (int64_t column = 0; column < call.key_blocks; column++) {
       for (int i = 0; i < tiles; i++) std::fill_n(scratch.tiles[i]->total, TILE, 0.f);
-      for (int64_t at = call.key_offsets[column]; at < call.key_offsets[column + 1]; at += Mode::KEYS)
-        step(tiles, at, std::min<int64_t>(Mode::KEYS, call.key_offsets[column + 1] - at));
+      for (int64_t at = call.key_offsets[column]; at < call.key_offsets[column + 1]; at += STEP)
+        step(tiles, at, std::min<int64_t>(STEP, call.key_offsets[column + 1] - at));
       for (int i = 0; i < tiles; i++)
-        add(*scratch.tiles[i], block + i * TILE, out + column, key_blocks);
+        add(*scratch.tiles[i], block + i * TILE, out + column);
     }
   }
 
@@ -62,17 +62,17 @@ struct Mass : Reader<Mode, Element> {
     }
   }
 
-  void add(const Tile& tile, const int64_t* block, float* out, int64_t key_blocks) {
+  void add(const Tile& tile, const int64_t* block, float* out) {
     if (block[0] == block[TILE - 1] && block[0] >= 0) {  // and so are all between
       Vector sum = all(0.f);
       for (int v = 0; v < TILE; v += LANES) {
         const Vector share = load(tile.total + v);
         sum += where(load(tile.largest + v) == all(INFINITY), all(0.f), share);
       }
-      out[block[0] * key_blocks] += total(sum);
+      out[block[0] * call.key_blocks] += total(sum);
     } else {
       for (int i = 0; i < TILE; i++)
-        if (tile.largest[i] != INFINITY) out[block[i] * key_blocks] += tile.total[i];
+        if (tile.largest[i] != INFINITY) out[block[i] * call.key_blocks] += tile.total[i];
     }
   }
 };

@@ -21,12 +21,12 @@ constexpr int padded(int count, int multiple) {
 
 // A mode says how the factors of a product lie in memory, and what multiplies them: PACKED
 // elements a word, rows and depths laid out in multiples of PAD; values by key, or TURNED. A PANEL
-// of queries is multiplied with KEYS at once, for what that touches to stay in the L1 cache. Two
-// keys that share a word lie APART. A Session is held by a thread while it multiplies.
+// of queries is multiplied at once. Two keys that share a word lie APART. A Session is held by a
+// thread while it multiplies.
 
 // One float32 a word.
 struct Single {
-  static constexpr int PACKED = 1, PAD = 16, APART = 1, PANEL = TILE, KEYS = 48;
+  static constexpr int PACKED = 1, PAD = 16, APART = 1, PANEL = TILE;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) { return sum + x * all(*word); }
@@ -36,7 +36,7 @@ struct Single {
 // Two bfloat16 a word, multiplied and added in one instruction: neighbors in head_dim, or keys that
 // are so far apart that their weights need no permutation.
 struct Pairs {
-  static constexpr int PACKED = 2, PAD = 32, APART = 16, PANEL = TILE, KEYS = STEP;
+  static constexpr int PACKED = 2, PAD = 32, APART = 16, PANEL = TILE;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) {
@@ -92,8 +92,8 @@ struct Tiles : Pairs {
   static constexpr int PANEL = 32;
   static constexpr bool TURNED = true;
 
-  // Those words by depth; so many lie between depths.
-  static void weave(const Half* const* values, int width, float* to, int64_t between) {
+  // Those words by depth.
+  static void weave(const Half* const* values, int width, float* to) {
     constexpr int LANE = 4;  // words that stay together
     for (int d = 0; d < width; d += 2 * LANES)
       for (int half = 0; half < 2; half++) {
@@ -105,7 +105,7 @@ struct Tiles : Pairs {
         }
         transpose(rows);
         for (int i = 0; i < LANES; i++)
-          store(to + (d + (i / LANE * 2 + half) * LANE + i % LANE) * between, rows[i]);
+          store(to + (d + (i / LANE * 2 + half) * LANE + i % LANE) * APART, rows[i]);
       }
   }
 
@@ -130,7 +130,8 @@ struct Tiles : Pairs {
 };
 
 template <bool ACCUMULATE, class Beside>
-static void product_of_tiles(const float* x, const float* words, int64_t row_stride, int depth,
+static void product_of_tiles(const float* x, const float* words, int64_t row_stride,
+                             int64_t depth_stride, int depth,
                              float* to, int rows, const Beside& beside) {
   constexpr int PANEL = Tiles::PANEL;
   constexpr int64_t WIDTH = PANEL * sizeof(float);
@@ -149,8 +150,8 @@ static void product_of_tiles(const float* x, const float* words, int64_t row_str
       _tile_zero(3);
     }
     for (int k = 0; k < depth; k += 16) {
-      _tile_loadd(4, words + row * row_stride + k, stride);
-      _tile_loadd(5, words + (row + 16) * row_stride + k, stride);
+      _tile_loadd(4, words + row * row_stride + k * depth_stride, stride);
+      _tile_loadd(5, words + (row + 16) * row_stride + k * depth_stride, stride);
       _tile_loadd(6, x + k * PANEL, WIDTH);
       _tile_loadd(7, x + k * PANEL + 16, WIDTH);
       _tile_dpbf16ps(0, 4, 6);
@@ -176,7 +177,7 @@ static void product(const float* x, const float* words, int64_t row_stride, int6
                     int depth, float* to, int rows, const Beside& beside = NOTHING) {
 #if defined(__AMX_BF16__)
   if constexpr (Mode::TURNED)
-    return product_of_tiles<ACCUMULATE>(x, words, row_stride, depth, to, rows, beside);
+    return product_of_tiles<ACCUMULATE>(x, words, row_stride, depth_stride, depth, to, rows, beside);
 #endif
   auto tiles = [&](auto height, int row, int end) {
     for (; row < end; row += height)

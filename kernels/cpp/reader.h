@@ -65,6 +65,15 @@ struct Reader {
     }
   }
 
+  // The mean of so many tokens, as `words` words that end in zeros.
+  void read(const Operand& operand, const int64_t* tokens, int64_t count, float* to, int words) {
+    if (count != 1 || words * Mode::PACKED != call.head_dim) memset(to, 0, words * sizeof(float));
+    if (count == 1)
+      copy(at(operand, tokens[0]), to);
+    else if (count > 1)
+      mean(operand, tokens, count, to);
+  }
+
   void mean(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {
     float* sum = Mode::PACKED == 2 ? scratch.rows : to;
     for (int d = 0; d < call.head_dim; d++) sum[d] = 0.f;

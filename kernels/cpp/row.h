@@ -6,50 +6,89 @@
 //     sums[d][query]     += sum over keys: values[key][d] * weights[key][query]
 //
 // so that keys and values are read as scalars, the softmax needs no sum across a vector, and only
-// queries and outputs are transposed. Keys come in steps: they are copied through the order of
-// tokens, and widened or paired, once for all tiles of queries of the block.
+// queries and outputs are transposed. Keys come in steps, each a part of what lies on the shelf.
 #pragma once
 
 #include "ahead.h"
-#include "reader.h"
+#include "shelf.h"
 
-constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
 constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
 constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
+
+// The spots that a row lists, one after the other.
+struct Walk {
+  const Call& call;
+  int64_t entry, end;
+  Spot spot;
+  int64_t left = 0;  // keys of the block, from the spot on
+
+  Walk(const Call& call, int64_t list)
+      : call(call), entry(call.row_pointer[list]), end(call.row_pointer[list + 1]) {
+    enter();
+  }
+
+  bool over() const { return entry == end; }
+  int8_t tag() const { return call.tag[entry]; }
+  int keys() const { return (int)std::min<int64_t>(left, PIECE); }
+
+  void next() {
+    left -= keys();
+    spot.part++;
+    if (left) return;
+    entry++;
+    enter();
+  }
+
+ private:
+  void enter() {
+    for (left = 0; entry < end; entry++) {
+      spot = {call.key_block[entry], std::max<int8_t>(tag(), 0)};
+      if ((left = keys_of(call, spot.block, spot.level))) return;
+    }
+  }
+};
 
 // One query block of one head of one sample.
 template <class Mode, class Element>
 struct Row : Reader<Mode, Element> {
-  static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES, KEYS = Mode::KEYS;
+  static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES;
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
+  Shelf<Mode, Element>& shelf;
   const Windows& windows;
   const float bound;  // how far below their maximum scores lie whose values are left out
-  int tiles = 0, keys = 0;
-  bool partial = false, pooled = false;
-  int64_t taken = 0;  // keys, padded text among them
-  Walk walk;          // over keys that were asked for
+  const int64_t pair, block, next_row;
+  int tiles = 0;
+  Walk walk;
+  Piece piece;                      // where the walk is
+  const int64_t* tokens = nullptr;  // of its keys, if they are not pooled
+  const uint64_t* masks = nullptr;  // of these, for each tile; or null
+  int first = 0, keys = 0;          // of the piece, in a step
   Ahead ahead;
-  const int64_t block, next_row;
   int64_t after = 0;  // queries of this row and the next whose memory was asked for
 
-  // `next_row` is likely to be the one that this thread turns to.
-  Row(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t row, int64_t next_row)
-      : Reader<Mode, Element>(call, scratch, sample, row / call.query_blocks),
+  // Rows are numbered by sample, head and query block. `next_row` is likely to be the one that
+  // this thread turns to.
+  Row(const Call& call, Scratch<Mode>& scratch, Shelf<Mode, Element>& shelf, int64_t row,
+      int64_t next_row)
+      : Reader<Mode, Element>(call, scratch, row / call.query_blocks / call.heads,
+                              row / call.query_blocks % call.heads),
+        shelf(shelf),
         windows(call.windows[head]),
         bound((float)call.pv_skip * LOG2_E),
-        walk(call, row),
-        ahead(call.head_dim * sizeof(Element)),
+        pair(row / call.query_blocks),
         block(row % call.query_blocks),
-        next_row(next_row) {
+        next_row(next_row),
+        walk(call, list_of(row)) {
     const int64_t end = call.query_offsets[block + 1];
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
-    for (int64_t i = call.row_pointer[row]; i < call.row_pointer[row + 1]; i++)
-      visit(call.key_block[i], call.tag[i], call.mask_first ? call.mask_first[i] : -1);
-    if (keys) step();
+    for (; !walk.over(); walk.next()) visit();
     for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
   }
+
+  // The list of a row, which all samples share.
+  int64_t list_of(int64_t row) const { return row % (call.heads * call.query_blocks); }
 
   void start(Tile& tile, int64_t first, int count) {
     tile.count = count;
@@ -76,133 +115,86 @@ struct Row : Reader<Mode, Element> {
     }
   }
 
-  // Take the keys of a block: one by one, or in runs of 2^tag positions that count as one. `mask`
-  // is where those of a partial block begin.
-  void visit(int64_t block, int8_t tag, int64_t mask) {
-    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.keys : nullptr;
-    const int64_t run = tag > 0 ? 1 << tag : 1, end = call.key_offsets[block + 1];
-    const int64_t start = call.key_offsets[block];
-    if (keys && (tag == PARTIAL) != partial) step();
-    partial = tag == PARTIAL;
-    const uint64_t* own = mask < 0 ? nullptr : call.masks + mask;
-    for (int64_t first = start; first < end; first += run) {
-      taken++;
-      int64_t seen[1 << 7];
-      const int64_t* tokens = call.key_permutation + first;
-      int64_t count = std::min(run, end - first);
-      if (hidden) {
-        auto shown = [hidden](int64_t token) { return !hidden[token]; };
-        count = std::copy_if(tokens, tokens + count, seen, shown) - seen;
-        tokens = seen;
-      }
-      if (!count) continue;
-      take(tokens, count);
-      scratch.masks[keys] = own ? own + (first - start) * tiles : nullptr;
-      if (++keys == KEYS) step();
-    }
-    if (keys && leaves_out()) step();
-  }
-
-  void take(const int64_t* tokens, int64_t count) {
-    float* key = scratch.keys + (int64_t)keys * scratch.depth;
-    float* value = scratch.values + (int64_t)keys * scratch.width;
-    scratch.value[keys] = value;
-    scratch.positions[keys] = tokens[0];
-    scratch.bias[keys] = 0.f;
-    if (count == 1) {
-      this->copy(this->at(call.key, tokens[0]), key);
-      // Weaving needs no copy of whole vectors.
-      if (Mode::PACKED == 2 && call.head_dim == scratch.width)
-        scratch.value[keys] = this->at(call.value, tokens[0]);
-      else
-        this->copy(this->at(call.value, tokens[0]), value);
-    } else {
-      this->mean(call.key, tokens, count, key);
-      this->mean(call.value, tokens, count, value);
-      scratch.bias[keys] = log2f((float)count);
-      pooled = true;
-    }
-  }
-
   bool leaves_out() const { return bound > -INFINITY; }
 
-  // Let every tile of queries look at the keys that were taken.
-  void step() {
-    const float* values = nullptr;
+  // Let every panel of queries look at the keys of a piece.
+  void visit() {
+    piece = shelf.take(scratch, pair, walk.spot);
+    if (!piece.shown) return;
     look_ahead();
-    const auto beside = [this] { ahead.some(); };
-    const int packs = padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED;
-    Span places[AXES];
-    const bool windowed = partial && !scratch.masks[0];
+    const int count = walk.keys(), start = walk.spot.part * PIECE;
+    const bool partial = walk.tag() == PARTIAL;
+    tokens = call.key_permutation + call.key_offsets[walk.spot.block] + start;
+    const int64_t own = partial && call.mask_first ? call.mask_first[walk.entry] : -1;
+    masks = own < 0 ? nullptr : call.masks + own + start * tiles;
+    const bool windowed = partial && !masks;
+    Span places[PIECE / STEP][AXES];
     for (int axis = 0; windowed && axis < windows.axes; axis++)
-      for (int key = 0; key < keys; key++) places[axis].add(place(axis, key));
-    for (int i = 0; i < tiles; i++) {
-      Tile& tile = *scratch.tiles[i];
-      const Kept kept = windowed ? tile.bounds.kept(places, windows.axes) : Kept::SOME;
-      if (kept == Kept::NONE) continue;
-      const bool masked = partial && kept == Kept::SOME;
-      for (int q = 0; q < TILE; q += PANEL) {
-        product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
-                             this->words(), scratch.scores, keys, beside);
-        if (!(masked ? soften<true>(tile, i, q) : soften<false>(tile, i, q))) continue;
-        if constexpr (Mode::PACKED == 2)
-          values = values ? values : weave();
-        else
-          values = scratch.values;
-        product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores, values,
-                            Mode::TURNED ? STEP / 2 : 1, scratch.width, packs,
-                            tile.sums + q * scratch.width, call.head_dim, beside);
-      }
-    }
-    keys = 0;
-    pooled = false;
+      for (int key = 0; key < count; key++) places[key / STEP][axis].add(place(axis, key));
+    for (int i = 0; i < tiles; i++)
+      for (int q = 0; q < TILE; q += PANEL)
+        for (first = 0; first < count; first += STEP) {
+          keys = std::min(STEP, count - first);
+          const Kept kept =
+              windowed ? scratch.tiles[i]->bounds.kept(places[first / STEP], windows.axes) : Kept::SOME;
+          if (kept != Kept::NONE) step(i, q, partial && kept == Kept::SOME);
+        }
   }
 
-  // Asks for the key and the value of a token.
-  auto both(const Reader<Mode, Element>& of) {
-    const Element *key = of.at(call.key, 0), *value = of.at(call.value, 0);
-    return [this, key, value, key_step = call.key.token,
-            value_step = call.value.token](int64_t token) {
-      ahead.add(key + token * key_step);
-      ahead.add(value + token * value_step);
-    };
+  // The panel from query `q` of a tile, and some keys of the piece.
+  void step(int number, int q, bool masked) {
+    Tile& tile = *scratch.tiles[number];
+    const auto beside = [this] { ahead.some(); };
+    const int depth = scratch.depth, width = scratch.width;
+    product<Mode, false>(tile.queries + q * depth, piece.keys + first * depth, depth, 1,
+                         this->words(), scratch.scores, keys, beside);
+    if (!(masked ? soften<true>(tile, number, q) : soften<false>(tile, number, q))) return;
+    product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores,
+                        piece.values + first / Mode::PACKED * width, Mode::TURNED ? LANES : 1,
+                        width, padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED,
+                        tile.sums + q * width, call.head_dim, beside);
   }
 
-  // What the next step reads; before the last ones, outputs and what the next row begins with.
+  // What the next piece is made of; before the last ones, outputs and what the next row begins with.
   void look_ahead() {
     ahead.clear();
-    walk.on(taken, [](int64_t) {});
-    walk.on(taken + KEYS, both(*this));
-    const int64_t left = walk.end - walk.entry;
-    if (left <= 2) {
-      const Reader<Mode, Element> next(call, scratch, sample, next_row / call.query_blocks);
+    Walk later = walk;
+    later.next();
+    if (!later.over()) lay_ahead(later, pair);
+    if (walk.end - walk.entry <= 2) {
+      const int64_t next_pair = next_row / call.query_blocks;
+      const Reader<Mode, Element> next(call, scratch, next_pair / call.heads, next_pair % call.heads);
       auto add = [&](const Reader<Mode, Element>& of, const Operand& operand, int64_t number) {
         const int64_t at = call.query_offsets[number] + after;
-        if (at < call.query_offsets[number + 1]) ahead.add(of.at(operand, call.permutation[at]));
+        if (at < call.query_offsets[number + 1])
+          ahead.add(of.at(operand, call.permutation[at]), call.head_dim * sizeof(Element));
       };
-      for (int i = 0; i < KEYS / 2; i++, after++) {
+      for (int i = 0; i < PIECE / 2; i++, after++) {
         add(*this, call.output, block);
         add(next, call.query, next_row % call.query_blocks);
       }
-      if (!left)
-        Walk(call, next_row).on(KEYS, both(next));
+      const Walk start(call, list_of(next_row));
+      if (later.over() && !start.over()) lay_ahead(start, next_pair);
     }
-    ahead.spread(tiles * (TILE / PANEL) * (besides<Mode>(KEYS) + besides<Mode>(call.head_dim)));
+    const int steps = (walk.keys() + STEP - 1) / STEP * tiles * (TILE / PANEL);
+    ahead.spread(steps * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
   }
 
-  // Values of two keys side by side in a word; by depth and then key where TURNED.
-  const float* weave() {
-    const int width = scratch.width, end = padded(keys, 2 * Mode::APART);
-    float* nothing = scratch.values + (int64_t)STEP * width;
-    for (int key = keys; key < end; key++) scratch.value[key] = nothing;
-    for (int key = 0; key < end; key += 2 * Mode::APART) {
-      const Half* const* values = (const Half* const*)(scratch.value + key);
-      if constexpr (Mode::TURNED)
-        Mode::weave(values, width, scratch.woven + key / 2, STEP / 2);
-      else
-        Mode::weave(values, width, scratch.woven + key / 2 * width);
+  void lay_ahead(const Walk& later, int64_t pair) {
+    if (const Piece* next = shelf.find(pair, later.spot)) {
+      ahead.add(next->keys, (int64_t)later.keys() * scratch.depth * sizeof(float));
+      ahead.add(next->values, (int64_t)later.keys() / Mode::PACKED * scratch.width * sizeof(float));
+      return;
     }
-    return scratch.woven;
+    if (float* room = shelf.room(pair, later.spot))
+      ahead.add(room, piece_words<Mode>(later.keys(), scratch.depth, scratch.width) * sizeof(float));
+    const Reader<Mode, Element> next(call, scratch, pair / call.heads, pair % call.heads);
+    const int64_t start = (int64_t)later.spot.part * PIECE << later.spot.level;
+    const int64_t* token = call.key_permutation + call.key_offsets[later.spot.block] + start;
+    for (int key = 0; key < later.keys(); key++) {
+      ahead.add(next.at(call.key, token[key]), call.head_dim * sizeof(Element));
+      ahead.add(next.at(call.value, token[key]), call.head_dim * sizeof(Element));
+    }
   }
 
   // Scores of a panel, from query `q` of the tile, to weights; what was summed up before is scaled
@@ -211,38 +203,34 @@ struct Row : Reader<Mode, Element> {
   bool soften(Tile& tile, int number, int q) {
     constexpr bool ROUGH = Mode::PACKED == 2;
     float *const scores = scratch.scores, *const weights = scratch.weights;
-    const int keys = this->keys;
     constexpr int APART = Mode::APART;
     const int end = padded(keys, APART * Mode::PACKED);
-    const bool changed = MASKED || pooled || keys < end;
-    Vector largest[VECTORS];
-    for (int v = 0; v < VECTORS; v++) largest[v] = all(HIDDEN);
-    for (int key = 0; key < keys; key++) {
+    const bool changed = MASKED || piece.biased || keys < end;
+    const float* bias = piece.bias + first;
+    for (int key = 0; changed && key < keys; key++) {
       const int32_t* inside[AXES];
-      const uint64_t* own = MASKED ? scratch.masks[key] : nullptr;
-      if (MASKED)
-        for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, key);
+      if (MASKED && !masks)
+        for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, first + key);
       for (int v = 0; v < VECTORS; v++) {
         float* at = scores + key * PANEL + v * LANES;
-        Vector score = load(at);
-        if (changed) score = score * all(this->factor) + all(scratch.bias[key]);
+        Vector score = load(at) * all(this->factor) + all(bias[key]);
         if (MASKED) {
           Bits kept = ~(Bits){};
-          for (int axis = 0; axis < windows.axes; axis++)
+          for (int axis = 0; !masks && axis < windows.axes; axis++)
             kept &= *(const Bits*)(inside[axis] + q + v * LANES);
-          if (own) kept &= spread(own[number] >> (q + v * LANES));
+          if (masks) kept &= spread(masks[(first + key) * tiles + number] >> (q + v * LANES));
           score = where(kept, score, all(HIDDEN));
         }
-        if (changed) store(at, score);
-        largest[v] = larger(score, largest[v]);
+        store(at, score);
       }
     }
     for (int key = keys; key < end; key++)
       for (int v = 0; v < VECTORS; v++) store(scores + key * PANEL + v * LANES, all(HIDDEN));
     const Vector unit = all(changed ? 1.f : this->factor);
     Bits grew = {};
+    Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
-      largest[v] *= unit;
+      largest[v] = largest_of(scores + v * LANES) * unit;
       grew |= largest[v] > load(tile.largest + q + v * LANES) + all(GROWTH);
     }
     if (any(grew)) raise(tile, q, largest);
@@ -267,6 +255,18 @@ struct Row : Reader<Mode, Element> {
       store(tile.total + q + v * LANES, total);
     }
     return summed;
+  }
+
+  // The largest score of each lane; what is not a number is left out.
+  Vector largest_of(const float* scores) const {
+    constexpr int CHAINS = 4;  // for none to wait for the one before
+    Vector most[CHAINS];
+    for (auto& own : most) own = all(HIDDEN);
+    int key = 0;
+    for (; key + CHAINS <= keys; key += CHAINS)
+      for (int i = 0; i < CHAINS; i++) most[i] = larger(load(scores + (key + i) * PANEL), most[i]);
+    for (; key < keys; key++) most[0] = larger(load(scores + key * PANEL), most[0]);
+    return larger(larger(most[0], most[1]), larger(most[2], most[3]));
   }
 
   // Whether a query of the panel has scores near its maximum, which is kept up to date here.
@@ -294,7 +294,7 @@ struct Row : Reader<Mode, Element> {
   }
 
   int64_t place(int axis, int key) const {
-    return windows.place[axis * call.keys + scratch.positions[key]];
+    return windows.place[axis * call.keys + tokens[key]];
   }
 
   // Which queries of the tile have the key's place on an axis inside their window.

@@ -13,6 +13,24 @@
 constexpr int VECTORS = TILE / LANES;
 constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
 
+constexpr int PIECE = 128;  // keys
+
+// Keys that are laid out together.
+template <class Mode>
+constexpr int GROUP = Mode::PACKED == 2 ? 2 * Mode::APART : SHORT;
+
+// Words of so many values, as they are laid out.
+template <class Mode>
+constexpr size_t value_words(int keys, int width) {
+  return (size_t)padded(keys, GROUP<Mode>) / Mode::PACKED * width;
+}
+// And of their keys and biases beside.
+template <class Mode>
+constexpr size_t piece_words(int keys, int depth, int width) {
+  return value_words<Mode>(keys, width) + (size_t)padded(keys, GROUP<Mode>) * depth +
+         padded(keys, LANES);
+}
+
 // The queries of a tile, and what is summed up for them while their row is visited.
 struct Tile {
   int count;
@@ -30,32 +48,29 @@ template <class Mode>
 struct Scratch {
   const int depth, width;  // words of a key, elements of a value, as they are laid out
   std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
-  float *keys, *values, *woven, *scores, *weights, *rows;
-  int64_t positions[STEP];
-  const uint64_t* masks[STEP];  // of a key: which queries of each tile see it; or null
-  const void* value[STEP];      // of a key, where it is read
-  float bias[STEP];
-  float* found;                 // `more` words, in multiples of TILE
+  float *keys, *values, *scores, *weights, *rows;
+  float* own;    // a piece
+  float* found;  // `more` words, in multiples of TILE
   std::vector<std::unique_ptr<Tile>> tiles;
 
   Scratch(int head_dim, int64_t block_q, int64_t more = 0)
       : depth(padded((head_dim + Mode::PACKED - 1) / Mode::PACKED, Mode::PAD)),
         width(padded(head_dim, Mode::PAD)),
         tiles((block_q + TILE - 1) / TILE) {
-    const size_t words = (size_t)STEP * (depth + 2 * width) + width + 2 * STEP * TILE +
+    const size_t words = (size_t)STEP * depth + (size_t)GROUP<Mode> * width + 2 * STEP * TILE +
                          (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
-                         (size_t)more;
+                         piece_words<Mode>(PIECE, depth, width) + (size_t)more;
     memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
     if (!memory) throw std::bad_alloc();
     memset(memory.get(), 0, words * sizeof(float));
     float* next = memory.get();
     auto take = [&](size_t count) { return std::exchange(next, next + count); };
     keys = take((size_t)STEP * depth);
-    values = take((size_t)(STEP + 1) * width);  // the last one is zeros
-    woven = take((size_t)STEP * width);
+    values = take((size_t)GROUP<Mode> * width);
     scores = take(STEP * TILE);
     weights = take(STEP * TILE);
     rows = take((size_t)TILE * width);
+    own = take(piece_words<Mode>(PIECE, depth, width));
     found = take((size_t)more);
     for (auto& tile : tiles) {
       tile.reset(new Tile);

@@ -70,8 +70,12 @@ INLINE bool any(Bits mask) {
 template <bool ROUGH>
 INLINE Vector exp2(Vector x) {
   x = larger(all(-64.f), x);
+#if defined(__AVX512DQ__)
+  const Vector part = (Vector)_mm512_reduce_ps((__m512)x, 0);
+#else
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: integers are its units in the last place
   const Vector rounded = x + shift, part = x - (rounded - shift);
+#endif
   Vector y;
   if (ROUGH) {
     y = all(5.5171669e-2f);
@@ -86,7 +90,11 @@ INLINE Vector exp2(Vector x) {
     y = y * part + all(6.9314718e-1f);
     y = y * part + all(1.f);
   }
+#if defined(__AVX512DQ__)
+  return (Vector)_mm512_scalef_ps((__m512)y, (__m512)(x - part));
+#else
   return (Vector)((Bits)y + ((Bits)rounded << 23));
+#endif
 }
 
 // LANES x LANES words, in log2(LANES) rounds that interleave the first half with the second.
@@ -164,4 +172,3 @@ INLINE void narrow(float x, Float16& to) {
     to.bits = sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
   }
 }
-

@@ -77,8 +77,6 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
       }
     row_pointer.push_back((int32_t)key_block.size());
   }
-  std::vector<int64_t> longest_first(heads * query_blocks);
-  for (size_t i = 0; i < longest_first.size(); i++) longest_first[i] = longest_first.size() - 1 - i;
   std::vector<std::vector<int32_t>> tables;
   std::vector<Windows> windows;
   for (int64_t head = 0; head < heads; head++) {
@@ -109,7 +107,6 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   call.row_pointer = row_pointer.data();
   call.key_block = key_block.data();
   call.tag = tag.data();
-  call.longest_first = longest_first.data();
   call.windows = windows.data();
   call.mask_first = heads > 1 ? mask_first.data() : nullptr;
   call.masks = masks.data();
@@ -120,6 +117,7 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   call.heads = heads;
   call.head_dim = head_dim;
   call.query_blocks = query_blocks;
+  call.key_blocks = key_blocks;
   call.threads = threads;
   call.scale = scale;
   call.pv_skip = pv_skip;
@@ -138,7 +136,7 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   std::vector<float> mass(batch * heads * query_blocks * key_blocks);
   if (heads <= 2) call.threads = 1;
   require(!dit_sparse_mass(&call, dtype, slots.data(), block.data(), group.data(),
-                           group.size() - 1, key_blocks, mass.data()),
+                           group.size() - 1, mass.data()),
           "no memory");
   for (auto x : mass) require(x >= 0, "a mass is no number");
   call.threads = threads;
@@ -151,7 +149,7 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   for (size_t i = 0; i < columns.size(); i++)
     if (i % (key_blocks * each) == 0 || below(4)) columns[i] = below(keys);
   std::vector<float> missed(batch * heads * query_blocks * key_blocks, NAN);
-  require(!dit_sparse_largest(&call, dtype, rows.data(), columns.data(), each, key_blocks, own,
+  require(!dit_sparse_largest(&call, dtype, rows.data(), columns.data(), each, own,
                               missed.data()),
           "no memory");
   for (auto x : missed) require(x <= 0, "a largest is no number");
