@@ -62,7 +62,7 @@ struct Row : Reader<Mode, Element> {
   Walk walk;
   Piece piece;                      // where the walk is
   const int64_t* tokens = nullptr;  // of its keys, if they are not pooled
-  const uint64_t* masks = nullptr;  // of these, for each tile; or null
+  uint64_t seen[PIECE];             // by which queries of a tile, where not by all or by none
   int first = 0, keys = 0;          // of the piece, in a step
   Ahead ahead;
   int64_t after = 0;  // queries of this row and the next whose memory was asked for
@@ -126,29 +126,35 @@ struct Row : Reader<Mode, Element> {
     const bool partial = walk.tag() == PARTIAL;
     tokens = call.key_permutation + call.key_offsets[walk.spot.block] + start;
     const int64_t own = partial && call.mask_first ? call.mask_first[walk.entry] : -1;
-    masks = own < 0 ? nullptr : call.masks + own + start * tiles;
-    const bool windowed = partial && !masks;
+    const uint64_t* masks = own < 0 ? nullptr : call.masks + own + start * tiles;
     Span places[PIECE / STEP][AXES];
-    for (int axis = 0; windowed && axis < windows.axes; axis++)
+    for (int axis = 0; partial && !masks && axis < windows.axes; axis++)
       for (int key = 0; key < count; key++) places[key / STEP][axis].add(place(axis, key));
-    for (int i = 0; i < tiles; i++)
+    for (int i = 0; i < tiles; i++) {
+      Tile& tile = *scratch.tiles[i];
+      Kept kept[PIECE / STEP];
+      for (int step = 0; step * STEP < count; step++) {
+        kept[step] = !partial ? Kept::ALL
+                     : masks  ? Kept::SOME
+                              : tile.bounds.kept(places[step], windows.axes);
+        for (int key = step * STEP; kept[step] == Kept::SOME && key < count; key++)
+          seen[key] = masks ? masks[key * tiles + i] : inside(tile, key);
+      }
       for (int q = 0; q < TILE; q += PANEL)
         for (first = 0; first < count; first += STEP) {
           keys = std::min(STEP, count - first);
-          const Kept kept =
-              windowed ? scratch.tiles[i]->bounds.kept(places[first / STEP], windows.axes) : Kept::SOME;
-          if (kept != Kept::NONE) step(i, q, partial && kept == Kept::SOME);
+          if (kept[first / STEP] != Kept::NONE) step(tile, q, kept[first / STEP] == Kept::SOME);
         }
+    }
   }
 
   // The panel from query `q` of a tile, and some keys of the piece.
-  void step(int number, int q, bool masked) {
-    Tile& tile = *scratch.tiles[number];
+  void step(Tile& tile, int q, bool masked) {
     const auto beside = [this] { ahead.some(); };
     const int depth = scratch.depth, width = scratch.width;
     product<Mode, false>(tile.queries + q * depth, piece.keys + first * depth, depth, 1,
                          this->words(), scratch.scores, keys, beside);
-    if (!(masked ? soften<true>(tile, number, q) : soften<false>(tile, number, q))) return;
+    if (!(masked ? soften<true>(tile, q) : soften<false>(tile, q))) return;
     product<Mode, true>(Mode::PACKED == 2 ? scratch.weights : scratch.scores,
                         piece.values + first / Mode::PACKED * width, Mode::TURNED ? LANES : 1,
                         width, padded(keys, Mode::APART * Mode::PACKED) / Mode::PACKED,
@@ -200,30 +206,19 @@ struct Row : Reader<Mode, Element> {
   // Scores of a panel, from query `q` of the tile, to weights; what was summed up before is scaled
   // down where a maximum grew. Returns whether their values are to be summed up.
   template <bool MASKED>
-  bool soften(Tile& tile, int number, int q) {
+  bool soften(Tile& tile, int q) {
     constexpr bool ROUGH = Mode::PACKED == 2;
     float *const scores = scratch.scores, *const weights = scratch.weights;
     constexpr int APART = Mode::APART;
     const int end = padded(keys, APART * Mode::PACKED);
     const bool changed = MASKED || piece.biased || keys < end;
     const float* bias = piece.bias + first;
-    for (int key = 0; changed && key < keys; key++) {
-      const int32_t* inside[AXES];
-      if (MASKED && !masks)
-        for (int axis = 0; axis < windows.axes; axis++) inside[axis] = mask(tile, axis, first + key);
+    for (int key = 0; changed && key < keys; key++)
       for (int v = 0; v < VECTORS; v++) {
         float* at = scores + key * PANEL + v * LANES;
-        Vector score = load(at) * all(this->factor) + all(bias[key]);
-        if (MASKED) {
-          Bits kept = ~(Bits){};
-          for (int axis = 0; !masks && axis < windows.axes; axis++)
-            kept &= *(const Bits*)(inside[axis] + q + v * LANES);
-          if (masks) kept &= spread(masks[(first + key) * tiles + number] >> (q + v * LANES));
-          score = where(kept, score, all(HIDDEN));
-        }
-        store(at, score);
+        const Vector score = load(at) * all(this->factor) + all(bias[key]);
+        store(at, MASKED ? where(seen[first + key] >> (q + v * LANES), score, all(HIDDEN)) : score);
       }
-    }
     for (int key = keys; key < end; key++)
       for (int v = 0; v < VECTORS; v++) store(scores + key * PANEL + v * LANES, all(HIDDEN));
     const Vector unit = all(changed ? 1.f : this->factor);
@@ -293,23 +288,29 @@ struct Row : Reader<Mode, Element> {
     }
   }
 
-  int64_t place(int axis, int key) const {
+  int32_t place(int axis, int key) const {
     return windows.place[axis * call.keys + tokens[key]];
   }
 
-  // Which queries of the tile have the key's place on an axis inside their window.
-  const int32_t* mask(Tile& tile, int axis, int key) {
-    const int64_t own = place(axis, key);
-    const int slot = own & (SLOTS - 1);
-    int32_t* inside = tile.inside[axis][slot];
-    if (tile.known[axis][slot] != own) {
-      tile.known[axis][slot] = own;
-      for (int i = 0; i < TILE; i++) {
-        const int64_t offset = own - tile.low[axis][i];
-        inside[i] = -(int32_t)(offset >= 0 && offset < tile.size[axis][i]);
+  // Which queries of the tile have the key inside their windows.
+  uint64_t inside(Tile& tile, int key) const {
+    uint64_t word = ~(uint64_t)0;
+    for (int axis = 0; axis < windows.axes; axis++) {
+      const int32_t own = place(axis, key);
+      const int slot = own & (SLOTS - 1);
+      uint64_t& known = tile.inside[axis][slot];
+      if (tile.known[axis][slot] != own) {
+        tile.known[axis][slot] = own;
+        known = 0;
+        for (int i = 0; i < TILE; i += LANES) {
+          const Bits offset = own - *(const Bits*)(tile.low[axis] + i);
+          const Bits within = (offset >= 0) & (offset < *(const Bits*)(tile.size[axis] + i));
+          known |= word_of(within) << i;
+        }
       }
+      word &= known;
     }
-    return inside;
+    return word;
   }
 
   void finish(Tile& tile) {

@@ -41,7 +41,7 @@ struct Tile {
   alignas(64) int32_t low[AXES][TILE], size[AXES][TILE];
   Bounds bounds;
   int64_t known[AXES][SLOTS];
-  alignas(64) int32_t inside[AXES][SLOTS][TILE];             // masks of places, by place % SLOTS
+  uint64_t inside[AXES][SLOTS];                              // who sees a place, by place % SLOTS
 };
 
 template <class Mode>

@@ -187,9 +187,9 @@ class Shelf {
   }
 
  private:
-  // In elements of the operands: somewhat more than keys and values of 8,192 tokens with a head_dim
-  // of 128; and the share of what operands take.
-  static constexpr int64_t FLOOR = 9 << 18, PART = 16;
+  // In elements of the operands: keys and values of 20,480 tokens with a head_dim of 128; and the
+  // share of what operands take.
+  static constexpr int64_t FLOOR = 5 << 20, PART = 16;
   // Rows of a group for each thread, which wait for each other: within a head, at its end.
   static constexpr int64_t FEW = 32, LEAST = 2;
 

@@ -50,11 +50,28 @@ INLINE float total(Vector x) {
   return x[0];
 }
 
-// All bits of a lane from one bit of `word` each, lowest first.
-INLINE Bits spread(uint64_t word) {
+// `yes` where a bit of `word` is set, lowest first, `no` elsewhere.
+INLINE Vector where(uint64_t word, Vector yes, Vector no) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_mask_blend_ps((__mmask16)word, (__m512)no, (__m512)yes);
+#else
   Bits own;
   for (int i = 0; i < LANES; i++) own[i] = 1 << i;
-  return (own & (int32_t)(word & 0xffff)) != 0;
+  return where((own & (int32_t)(word & 0xffff)) != 0, yes, no);
+#endif
+}
+
+// A bit of each lane, lowest first.
+INLINE uint64_t word_of(Bits mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX__)
+  return (uint64_t)_mm256_movemask_ps((__m256)mask);
+#else
+  uint64_t word = 0;
+  for (int i = 0; i < LANES; i++) word |= (uint64_t)(mask[i] & 1) << i;
+  return word;
+#endif
 }
 
 INLINE bool any(Bits mask) {
