@@ -129,42 +129,54 @@ struct Tiles : Pairs {
   };
 };
 
-template <bool ACCUMULATE, class Beside>
-static void product_of_tiles(const float* x, const float* words, int64_t row_stride,
-                             int64_t depth_stride, int depth,
-                             float* to, int rows, const Beside& beside) {
+// As `register_tile`, of 16 rows or, if TALL, of 32, and a panel.
+template <bool ACCUMULATE, bool TALL>
+INLINE void tile_block(const float* x, const float* words, int64_t row_stride, int64_t depth_stride,
+                       int depth, float* to) {
   constexpr int PANEL = Tiles::PANEL;
   constexpr int64_t WIDTH = PANEL * sizeof(float);
   const int64_t stride = row_stride * sizeof(float);
-  for (int row = 0; row < rows; row += 32) {
-    float* corner = to + row * PANEL;
-    if (ACCUMULATE) {
-      _tile_loadd(0, corner, WIDTH);
-      _tile_loadd(1, corner + 16, WIDTH);
-      _tile_loadd(2, corner + 16 * PANEL, WIDTH);
-      _tile_loadd(3, corner + 16 * PANEL + 16, WIDTH);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int k = 0; k < depth; k += 16) {
-      _tile_loadd(4, words + row * row_stride + k * depth_stride, stride);
-      _tile_loadd(5, words + (row + 16) * row_stride + k * depth_stride, stride);
-      _tile_loadd(6, x + k * PANEL, WIDTH);
-      _tile_loadd(7, x + k * PANEL + 16, WIDTH);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, corner, WIDTH);
-    _tile_stored(1, corner + 16, WIDTH);
-    _tile_stored(2, corner + 16 * PANEL, WIDTH);
-    _tile_stored(3, corner + 16 * PANEL + 16, WIDTH);
-    beside();
+  float* const low = to + 16 * PANEL;
+  if (ACCUMULATE) {
+    _tile_loadd(0, to, WIDTH);
+    _tile_loadd(1, to + 16, WIDTH);
+    if (TALL) _tile_loadd(2, low, WIDTH);
+    if (TALL) _tile_loadd(3, low + 16, WIDTH);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (TALL) _tile_zero(2);
+    if (TALL) _tile_zero(3);
   }
+  for (int k = 0; k < depth; k += 16) {
+    _tile_loadd(4, words + k * depth_stride, stride);
+    _tile_loadd(6, x + k * PANEL, WIDTH);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, x + k * PANEL + 16, WIDTH);
+    _tile_dpbf16ps(1, 4, 7);
+    if (!TALL) continue;
+    _tile_loadd(5, words + 16 * row_stride + k * depth_stride, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, to, WIDTH);
+  _tile_stored(1, to + 16, WIDTH);
+  if (TALL) _tile_stored(2, low, WIDTH);
+  if (TALL) _tile_stored(3, low + 16, WIDTH);
+}
+
+template <bool ACCUMULATE, class Beside>
+static void product_of_tiles(const float* x, const float* words, int64_t row_stride,
+                             int64_t depth_stride, int depth, float* to, int rows,
+                             const Beside& beside) {
+  auto block = [&](auto tall, int row) {
+    tile_block<ACCUMULATE, tall>(x, words + row * row_stride, row_stride, depth_stride, depth,
+                                 to + row * Tiles::PANEL);
+    beside();
+  };
+  int row = 0;
+  for (; row + 16 < rows; row += 32) block(std::true_type{}, row);
+  if (row < rows) block(std::false_type{}, row);
 }
 #endif
 

@@ -210,7 +210,7 @@ struct Row : Reader<Mode, Element> {
     constexpr bool ROUGH = Mode::PACKED == 2;
     float *const scores = scratch.scores, *const weights = scratch.weights;
     constexpr int APART = Mode::APART;
-    const int end = padded(keys, APART * Mode::PACKED);
+    const int end = padded(keys, APART);
     const bool changed = MASKED || piece.biased || keys < end;
     const float* bias = piece.bias + first;
     for (int key = 0; changed && key < keys; key++)
@@ -233,20 +233,23 @@ struct Row : Reader<Mode, Element> {
     for (int v = 0; v < VECTORS; v++) {
       const Vector top = load(tile.largest + q + v * LANES);
       Vector total = load(tile.total + q + v * LANES);
-      for (int first = 0; first < end; first += APART * Mode::PACKED)
-        for (int key = first; key < first + APART; key++) {
-          float* at = scores + key * PANEL + v * LANES;
-          const Vector weight = exp2<ROUGH>(load(at) * unit - top);
-          total += weight;
-          if constexpr (Mode::PACKED == 1) {
-            store(at, weight);
-          } else {
-            const Vector other = exp2<ROUGH>(load(at + APART * PANEL) * unit - top);
-            total += other;
-            store(weights + (key - first / 2) * PANEL + v * LANES,
-                  Mode::paired(weight, other));
-          }
+      auto weight = [&](int key) {
+        const Vector own = exp2<ROUGH>(load(scores + key * PANEL + v * LANES) * unit - top);
+        total += own;
+        return own;
+      };
+      if constexpr (Mode::PACKED == 1) {
+        for (int key = 0; key < end; key++) store(scores + key * PANEL + v * LANES, weight(key));
+      } else {
+        float* to = weights + v * LANES;
+        for (int first = 0; first < end; first += 2 * APART) {
+          const bool both = first + APART < end;
+          for (int key = first; both && key < first + APART; key++, to += PANEL)
+            store(to, Mode::paired(weight(key), weight(key + APART)));
+          for (int key = first; !both && key < first + APART; key++, to += PANEL)
+            store(to, Mode::paired(weight(key), all(0.f)));
         }
+      }
       store(tile.total + q + v * LANES, total);
     }
     return summed;
