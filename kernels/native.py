@@ -8,7 +8,7 @@ are not made of windows. float32 sums throughout.
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class _Prepared:
     kept: tuple[object, ...]  # what the call points to
     unwindowed: dict[Pattern, list[int]]
     masks: BitMasks | None = None
+    slots: dict[int | None, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
 
 _prepared: WeakKeyDictionary[BlockIndices, _Prepared] = WeakKeyDictionary()
@@ -144,7 +145,10 @@ def mass(call: AttentionCall, lse: Tensor, rows: int | None) -> Tensor:
     """What `block_mass` of mass.py says."""
     blocks, (batch, _, heads, _) = call.blocks, call.query.shape
     out = torch.zeros((batch, heads, blocks.query_blocks, blocks.key_blocks))
-    slots, block, groups = _slots(blocks, rows)
+    known = _prepared_of(blocks).slots
+    if rows not in known:
+        known[rows] = _slots(blocks, rows)
+    slots, block, groups = known[rows]
     count = len(groups) - 1
     _run("mass", call, call.query, lse, slots, block, groups, count, out)
     return out

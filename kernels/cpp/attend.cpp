@@ -44,13 +44,15 @@ struct Crew {
 };
 
 struct Attend {
+  int64_t shelf = 5 << 20;  // elements: keys and values of 20,480 tokens with a head_dim of 128
+
   template <class Mode, class Element>
   void run(const Call& call) const {
     int64_t block_q = 0;
     for (int64_t i = 0; i < call.query_blocks; i++)
       block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
     Crew<Mode> crew(call, block_q);
-    Shelf<Mode, Element> shelf(call, *crew.scratches[0]);
+    Shelf<Mode, Element> shelf(call, *crew.scratches[0], this->shelf);
     const int64_t lists = call.heads * call.query_blocks, rows = call.batch * lists;
     auto length = [&](int64_t row) {
       return call.row_pointer[row % lists + 1] - call.row_pointer[row % lists];

@@ -112,7 +112,8 @@ class Shelf {
   std::vector<Slot> slots;
 
  public:
-  Shelf(const Call& call, const Scratch<Mode>& scratch)
+  // Has room for `floor` elements of the operands, or for a part of them all, if that is more.
+  Shelf(const Call& call, const Scratch<Mode>& scratch, int64_t floor)
       : call(call), depth(scratch.depth), width(scratch.width) {
     const int64_t entries = call.row_pointer[call.heads * call.query_blocks];
     bool listed[LEVELS] = {};
@@ -126,7 +127,7 @@ class Shelf {
       }
     const int64_t pairs = call.batch * call.heads;
     const int64_t elements = pairs * call.head_dim * (call.queries + 2 * call.keys);
-    words = std::min(std::max(FLOOR, elements / PART) * (int64_t)sizeof(Element) / 4, all * pairs);
+    words = std::min(std::max(floor, elements / PART) * (int64_t)sizeof(Element) / 4, all * pairs);
     if (all > words) words /= 4;  // those of a head have no room: a few are kept for rows alike
     memory.reset((float*)aligned_alloc(64, (words / LANES + 1) * sizeof(Vector)));
     if (!memory) throw std::bad_alloc();
@@ -135,13 +136,11 @@ class Shelf {
   // Empties the shelf for rows from `first` on, as many as have room, or a few; returns their end.
   int64_t clear(int64_t first, int64_t end) {
     int64_t used = 0, row = first;
-    std::vector<int64_t> own;
     rooms.clear();
     first_pair = first / call.query_blocks;
     for (bool fits = true; row < end; row++) {
       const int64_t pair = row / call.query_blocks, list = row % (call.heads * call.query_blocks);
       rooms.resize((pair - first_pair + 1) * spots);
-      own.clear();
       for (int64_t i = call.row_pointer[list]; fits && i < call.row_pointer[list + 1]; i++) {
         Spot spot{call.key_block[i], std::max<int8_t>(call.tag[i], 0)};
         for (int64_t left = keys_of(call, spot.block, spot.level); left > 0; left -= PIECE, spot.part++) {
@@ -151,12 +150,9 @@ class Shelf {
           if (!fits) break;
           room = memory.get() + used;
           used += size(left);
-          own.push_back(number(pair, spot));
         }
       }
-      if (fits || row - first < (row % call.query_blocks ? FEW : LEAST) * call.threads) continue;
-      for (const int64_t number : own) rooms[number] = nullptr;
-      break;
+      if (!fits && row - first >= (row % call.query_blocks ? FEW : LEAST) * call.threads) break;
     }
     slots = std::vector<Slot>(rooms.size());
     return row;
@@ -187,9 +183,7 @@ class Shelf {
   }
 
  private:
-  // In elements of the operands: keys and values of 20,480 tokens with a head_dim of 128; and the
-  // share of what operands take.
-  static constexpr int64_t FLOOR = 5 << 20, PART = 16;
+  static constexpr int64_t PART = 16;
   // Rows of a group for each thread, which wait for each other: within a head, at its end.
   static constexpr int64_t FEW = 32, LEAST = 2;
 

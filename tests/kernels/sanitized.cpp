@@ -124,6 +124,13 @@ static void attend(const Shape& shape, int dtype, double scale, double pv_skip) 
   require(!dit_sparse_attend(&call, dtype), "no memory");
   for (auto x : output) require(std::isfinite(widened(x)), "an output is missing");
   for (auto x : lse) require(!std::isnan(x), "a sum is missing");
+  // Where the shelf has hardly any room.
+  const auto expected = output;
+  const auto expected_lse = lse;
+  for (auto& x : output) narrow(NAN, x);
+  require(!with_dtype(call, dtype, Attend{0}), "no memory");
+  require(!memcmp(output.data(), expected.data(), size * sizeof(Element)), "the shelf matters");
+  require(lse == expected_lse, "the shelf matters to a sum");
 
   const int64_t tiles = (queries + TILE - 1) / TILE;
   std::vector<int64_t> slots(tiles * TILE, -1), block(tiles * TILE, -1), group;
@@ -184,7 +191,7 @@ int main() {
       {1, 1, 1, 1, 1, 1, 1, 1},         {1, 63, 63, 2, 13, 64, 64, 2},
       {2, 131, 90, 6, 40, 100, 48, 2},  {2, 97, 97, 5, 88, 7, 130, 3},
       {1, 30, 200, 3, 128, 130, 65, 2}, {1, 70, 1, 2, 256, 33, 200, 1},
-      {3, 65, 130, 1, 16, 65, 1, 4},
+      {3, 65, 130, 1, 16, 65, 1, 4},    {2, 40, 700, 2, 24, 40, 400, 3},
   };
   int calls = 0;
   for (const auto& shape : shapes)

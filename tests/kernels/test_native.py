@@ -188,7 +188,8 @@ def test_memory_does_not_grow_with_tokens():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands(dtype: str):
     """119,056 tokens in GNA's windows: the peak of one call beside its inputs and outputs."""
     script = (
         "import ctypes, pathlib, torch\n"
@@ -203,7 +204,7 @@ def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands():
         "    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith(name))\n"
         "def beside(grid, window, stride):\n"
         "    blocks = block_indices([Neighborhood(window, stride)], grid, tile(2, 8, 8))\n"
-        "    q = torch.ones(1, grid.tokens, 1, 128)\n"
+        f"    q = torch.ones(1, grid.tokens, 1, 128, dtype=torch.{dtype})\n"
         "    k, v = q.clone(), q.clone()\n"
         "    if hasattr(ctypes.CDLL(None), 'malloc_trim'):\n"
         "        ctypes.CDLL(None).malloc_trim(0)\n"

@@ -1,4 +1,4 @@
-"""The C++ kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The C++ kernels watched by AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
 
 import os
 import subprocess
@@ -9,8 +9,20 @@ import pytest
 from dit_sparse.kernels import compiler
 
 DRIVER = Path(__file__).with_name("sanitized.cpp")
-WATCHED = ("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,undefined")
-WATCHED += ("-fno-sanitize-recover=all",)
+WATCHED = ("-std=c++17", "-O1", "-g1", "-pthread")
+MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-fsanitize=thread",)
+FAULTS = {
+    MEMORY: (
+        "int main(int n, char**) { int* x = new int[n]; return x[n]; }\n",
+        "heap-buffer-overflow",
+    ),
+    THREADS: (
+        "#include <thread>\nint x;\n"
+        "int main() { std::thread other([] { x++; }); x++; other.join(); }\n",
+        "data race",
+    ),
+}
 
 
 def build(source: Path, program: Path, *flags: str) -> None:
@@ -31,19 +43,15 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def sanitizers(tmp_path: Path) -> None:
-    """Skip unless a fault is found where there is one."""
+@pytest.mark.parametrize("watch", [MEMORY, THREADS], ids=["memory", "threads"])
+def test_kernels_touch_what_is_theirs(watch: tuple[str, ...], tmp_path: Path):
+    fault, said = FAULTS[watch]
     source = tmp_path / "fault.cpp"
-    source.write_text("int main(int n, char**) { int* x = new int[n]; return x[n]; }\n")
-    build(source, tmp_path / "fault")
-    if "heap-buffer-overflow" not in run(tmp_path / "fault").stderr:
+    source.write_text(fault)
+    build(source, tmp_path / "fault", *watch)
+    if said not in run(tmp_path / "fault").stderr:
         pytest.skip("programs with sanitizers do not run here")
-
-
-@pytest.mark.usefixtures("sanitizers")
-def test_kernels_touch_what_is_theirs(tmp_path: Path):
-    build(DRIVER, tmp_path / "watched", *compiler.instruction_sets())
+    build(DRIVER, tmp_path / "watched", *watch, *compiler.instruction_sets())
     done = run(tmp_path / "watched")
     assert done.returncode == 0, done.stderr[:4000]
-    assert done.stdout == "42 calls\n"
+    assert done.stdout == "48 calls\n"
