@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <optional>
 
 #include "reader.h"
 
@@ -94,6 +95,30 @@ struct Layout : Reader<Mode, Element> {
   }
 };
 
+// Memory for a shelf. What is not small, but bounded, is kept by the thread that calls: to ask for it
+// anew each time takes as long as to fill it.
+class Room {
+  static constexpr int64_t SMALL = 1 << 18, LARGE = 5 << 20;  // words
+  using Owned = std::unique_ptr<float, void (*)(void*)>;
+  Owned own{nullptr, free};
+
+ public:
+  float* start;
+
+  explicit Room(int64_t words) {
+    static thread_local Owned kept{nullptr, free};
+    static thread_local int64_t size = 0;
+    const bool keep = words >= SMALL && words <= LARGE;
+    if (!keep || words > size) {
+      Owned& memory = keep ? kept : own;
+      memory.reset((float*)aligned_alloc(64, (words / LANES + 1) * sizeof(Vector)));
+      if (keep) size = memory ? words : 0;
+      if (!memory) throw std::bad_alloc();
+    }
+    start = keep ? kept.get() : own.get();
+  }
+};
+
 // The keys and values of a group of rows. Rows are numbered by sample, head and query block.
 template <class Mode, class Element>
 class Shelf {
@@ -107,7 +132,7 @@ class Shelf {
   std::vector<int64_t> before[LEVELS];  // of a level that is listed: number of a block's first spot
   int64_t spots = 0;                    // of a head
   int64_t first_pair = 0, words;
-  std::unique_ptr<float, void (*)(void*)> memory{nullptr, free};
+  std::optional<Room> memory;
   std::vector<float*> rooms;  // of the heads of the group, by number; null where there is none
   std::vector<Slot> slots;
 
@@ -129,8 +154,7 @@ class Shelf {
     const int64_t elements = pairs * call.head_dim * (call.queries + 2 * call.keys);
     words = std::min(std::max(floor, elements / PART) * (int64_t)sizeof(Element) / 4, all * pairs);
     if (all > words) words /= 4;  // those of a head have no room: a few are kept for rows alike
-    memory.reset((float*)aligned_alloc(64, (words / LANES + 1) * sizeof(Vector)));
-    if (!memory) throw std::bad_alloc();
+    memory.emplace(words);
   }
 
   // Empties the shelf for rows from `first` on, as many as have room, or a few; returns their end.
@@ -148,7 +172,7 @@ class Shelf {
           if (room) continue;
           fits = fits && used + size(left) <= words;
           if (!fits) break;
-          room = memory.get() + used;
+          room = memory->start + used;
           used += size(left);
         }
       }
