@@ -6,6 +6,7 @@
 #include "call.h"
 #include "scratch.h"
 
+constexpr float LEAST = 1e-17f;  // factor of scores: as good as none, and HIDDEN stays so
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 template <class Mode, class Element>
@@ -23,7 +24,7 @@ struct Reader {
         sample(sample),
         head(head),
         scale((float)call.scale * LOG2_E),
-        factor(Mode::PACKED == 2 ? std::fabs(scale) : 1.f),
+        factor(Mode::PACKED == 2 ? std::max(std::fabs(scale), LEAST) : 1.f),
         sign(call.scale < 0 ? 0x8000 : 0) {}
 
   int words() const { return (call.head_dim + Mode::PACKED - 1) / Mode::PACKED; }

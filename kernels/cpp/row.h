@@ -211,17 +211,17 @@ struct Row : Reader<Mode, Element> {
     float *const scores = scratch.scores, *const weights = scratch.weights;
     constexpr int APART = Mode::APART;
     const int end = padded(keys, APART);
-    const bool changed = MASKED || piece.biased || keys < end;
-    const float* bias = piece.bias + first;
-    for (int key = 0; changed && key < keys; key++)
+    for (int key = 0; piece.biased && key < keys; key++)
       for (int v = 0; v < VECTORS; v++) {
         float* at = scores + key * PANEL + v * LANES;
-        const Vector score = load(at) * all(this->factor) + all(bias[key]);
-        store(at, MASKED ? where(seen[first + key] >> (q + v * LANES), score, all(HIDDEN)) : score);
+        store(at, load(at) * all(this->factor) + all(piece.bias[first + key]));
       }
+    for (int key = 0; MASKED && key < keys; key++)
+      for (int v = 0; v < VECTORS; v++)
+        store(scores + key * PANEL + v * LANES, ~seen[first + key] >> (q + v * LANES), all(HIDDEN));
     for (int key = keys; key < end; key++)
       for (int v = 0; v < VECTORS; v++) store(scores + key * PANEL + v * LANES, all(HIDDEN));
-    const Vector unit = all(changed ? 1.f : this->factor);
+    const Vector unit = all(piece.biased ? 1.f : this->factor);
     Bits grew = {};
     Vector largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) {

@@ -11,7 +11,7 @@
 #include "reader.h"
 
 constexpr int LEVELS = 8;
-constexpr float HIDDEN = -1e30f;  // score of a pair that is not kept
+constexpr float HIDDEN = -3e38f;  // score of a pair that is not kept, whatever its factor
 
 // At most PIECE keys of a block: its tokens, or the means of runs of 2^level of them.
 struct Spot {

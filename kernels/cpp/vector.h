@@ -50,14 +50,14 @@ INLINE float total(Vector x) {
   return x[0];
 }
 
-// `yes` where a bit of `word` is set, lowest first, `no` elsewhere.
-INLINE Vector where(uint64_t word, Vector yes, Vector no) {
+// Where a bit of `word` is set, lowest first.
+INLINE void store(float* to, uint64_t word, Vector x) {
 #if defined(__AVX512F__)
-  return (Vector)_mm512_mask_blend_ps((__mmask16)word, (__m512)no, (__m512)yes);
+  _mm512_mask_store_ps(to, (__mmask16)word, (__m512)x);
 #else
   Bits own;
   for (int i = 0; i < LANES; i++) own[i] = 1 << i;
-  return where((own & (int32_t)(word & 0xffff)) != 0, yes, no);
+  store(to, where((own & (int32_t)(word & 0xffff)) != 0, x, load(to)));
 #endif
 }
 
