@@ -61,7 +61,7 @@ struct Row : Reader<Mode, Element> {
   int tiles = 0;
   Walk walk;
   Piece piece;                      // where the walk is
-  const int64_t* tokens = nullptr;  // of its keys, if they are not pooled
+  int32_t places[AXES][PIECE];      // of its keys, if windows decide
   uint64_t seen[PIECE];             // by which queries of a tile, where not by all or by none
   int first = 0, keys = 0;          // of the piece, in a step
   Ahead ahead;
@@ -124,19 +124,22 @@ struct Row : Reader<Mode, Element> {
     look_ahead();
     const int count = walk.keys(), start = walk.spot.part * PIECE;
     const bool partial = walk.tag() == PARTIAL;
-    tokens = call.key_permutation + call.key_offsets[walk.spot.block] + start;
     const int64_t own = partial && call.mask_first ? call.mask_first[walk.entry] : -1;
     const uint64_t* masks = own < 0 ? nullptr : call.masks + own + start * tiles;
-    Span places[PIECE / STEP][AXES];
+    const int64_t* tokens = call.key_permutation + call.key_offsets[walk.spot.block] + start;
+    Span spans[PIECE / STEP][AXES];
     for (int axis = 0; partial && !masks && axis < windows.axes; axis++)
-      for (int key = 0; key < count; key++) places[key / STEP][axis].add(place(axis, key));
+      for (int key = 0; key < count; key++) {
+        places[axis][key] = windows.place[axis * call.keys + tokens[key]];
+        spans[key / STEP][axis].add(places[axis][key]);
+      }
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       Kept kept[PIECE / STEP];
       for (int step = 0; step * STEP < count; step++) {
         kept[step] = !partial ? Kept::ALL
                      : masks  ? Kept::SOME
-                              : tile.bounds.kept(places[step], windows.axes);
+                              : tile.bounds.kept(spans[step], windows.axes);
         for (int key = step * STEP; kept[step] == Kept::SOME && key < count; key++)
           seen[key] = masks ? masks[key * tiles + i] : inside(tile, key);
       }
@@ -291,15 +294,11 @@ struct Row : Reader<Mode, Element> {
     }
   }
 
-  int32_t place(int axis, int key) const {
-    return windows.place[axis * call.keys + tokens[key]];
-  }
-
   // Which queries of the tile have the key inside their windows.
   uint64_t inside(Tile& tile, int key) const {
     uint64_t word = ~(uint64_t)0;
     for (int axis = 0; axis < windows.axes; axis++) {
-      const int32_t own = place(axis, key);
+      const int32_t own = places[axis][key];
       const int slot = own & (SLOTS - 1);
       uint64_t& known = tile.inside[axis][slot];
       if (tile.known[axis][slot] != own) {
