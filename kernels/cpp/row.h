@@ -198,11 +198,14 @@ struct Row : Reader<Mode, Element> {
     if (float* room = shelf.room(pair, later.spot))
       ahead.add(room, piece_words<Mode>(later.keys(), scratch.depth, scratch.width) * sizeof(float));
     const Reader<Mode, Element> next(call, scratch, pair / call.heads, pair % call.heads);
-    const int64_t start = (int64_t)later.spot.part * PIECE << later.spot.level;
-    const int64_t* token = call.key_permutation + call.key_offsets[later.spot.block] + start;
-    for (int key = 0; key < later.keys(); key++) {
-      ahead.add(next.at(call.key, token[key]), call.head_dim * sizeof(Element));
-      ahead.add(next.at(call.value, token[key]), call.head_dim * sizeof(Element));
+    const int64_t from = call.key_offsets[later.spot.block], level = later.spot.level;
+    const int64_t start = from + ((int64_t)later.spot.part * PIECE << level);
+    const int64_t end = std::min(start + ((int64_t)later.keys() << level),
+                                 call.key_offsets[later.spot.block + 1]);
+    for (int64_t position = start; position < end; position++) {
+      const int64_t token = call.key_permutation[position];
+      ahead.add(next.at(call.key, token), call.head_dim * sizeof(Element));
+      ahead.add(next.at(call.value, token), call.head_dim * sizeof(Element));
     }
   }
 

@@ -53,10 +53,10 @@ struct Layout : Reader<Mode, Element> {
     Piece piece{keys, values, bias, spot.level > 0};
     const Element* woven[GROUP];
     for (int key = 0; key < padded(count, GROUP); key++, keys += scratch.depth) {
-      const int64_t stop = std::min(at + run, end), later = std::min(at + AHEAD * run, end - 1);
-      prefetch(call.key_permutation[later]);
+      const int64_t stop = std::min(at + run, end), later = std::max<int64_t>(AHEAD, run);
       int64_t seen[1 << (LEVELS - 1)], shown = 0;
       for (; at < stop; at++) {
+        prefetch(call.key_permutation[std::min(at + later, end - 1)]);
         seen[shown] = call.key_permutation[at];
         shown += !hidden || !hidden[seen[shown]];
       }
