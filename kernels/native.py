@@ -1,9 +1,11 @@
 """Native: sparse attention on the CPU in C++ (`cpp/`), compiled on first use, and what blocks are
 ranked by.
 
-Operands are read where they lie, through their strides and the order of tokens; what attention
-needs beside them does not grow with the number of tokens, but for the bit masks of patterns that
-are not made of windows. float32 sums throughout.
+Operands are read where they lie, through their strides and the order of tokens. Keys and values
+are laid out once for the rows that share them, on a shelf (`cpp/shelf.h`) of at most 5,242,880
+elements or a sixteenth of query, key and value, whichever is more; up to 20 MB of it stay with the
+thread that calls. Beside it nothing grows with the number of tokens but the bit masks of patterns
+that are not made of windows. float32 sums throughout.
 """
 
 import ctypes

@@ -140,7 +140,8 @@ struct Row : Reader<Mode, Element> {
         kept[step] = !partial ? Kept::ALL
                      : masks  ? Kept::SOME
                               : tile.bounds.kept(spans[step], windows.axes);
-        for (int key = step * STEP; kept[step] == Kept::SOME && key < count; key++)
+        if (kept[step] != Kept::SOME) continue;
+        for (int key = step * STEP; key < std::min(count, (step + 1) * STEP); key++)
           seen[key] = masks ? masks[key * tiles + i] : inside(tile, key);
       }
       for (int q = 0; q < TILE; q += PANEL)
@@ -164,7 +165,7 @@ struct Row : Reader<Mode, Element> {
                         tile.sums + q * width, call.head_dim, beside);
   }
 
-  // What the next piece is made of; before the last ones, outputs and what the next row begins with.
+  // What the next piece is made of; towards the end, outputs and what the next row begins with.
   void look_ahead() {
     ahead.clear();
     Walk later = walk;
@@ -172,7 +173,8 @@ struct Row : Reader<Mode, Element> {
     if (!later.over()) lay_ahead(later, pair);
     if (walk.end - walk.entry <= 2) {
       const int64_t next_pair = next_row / call.query_blocks;
-      const Reader<Mode, Element> next(call, scratch, next_pair / call.heads, next_pair % call.heads);
+      const Reader<Mode, Element> next(call, scratch, next_pair / call.heads,
+                                       next_pair % call.heads);
       auto add = [&](const Reader<Mode, Element>& of, const Operand& operand, int64_t number) {
         const int64_t at = call.query_offsets[number] + after;
         if (at < call.query_offsets[number + 1])
@@ -191,12 +193,13 @@ struct Row : Reader<Mode, Element> {
 
   void lay_ahead(const Walk& later, int64_t pair) {
     if (const Piece* next = shelf.find(pair, later.spot)) {
-      ahead.add(next->keys, (int64_t)later.keys() * scratch.depth * sizeof(float));
-      ahead.add(next->values, (int64_t)later.keys() / Mode::PACKED * scratch.width * sizeof(float));
+      const int64_t keys = later.keys();
+      ahead.add(next->keys, keys * scratch.depth * sizeof(float));
+      ahead.add(next->values, value_words<Mode>(later.keys(), scratch.width) * sizeof(float));
       return;
     }
     if (float* room = shelf.room(pair, later.spot))
-      ahead.add(room, piece_words<Mode>(later.keys(), scratch.depth, scratch.width) * sizeof(float));
+      ahead.add(room, sizeof(float) * piece_words<Mode>(later.keys(), scratch.depth, scratch.width));
     const Reader<Mode, Element> next(call, scratch, pair / call.heads, pair % call.heads);
     const int64_t from = call.key_offsets[later.spot.block], level = later.spot.level;
     const int64_t start = from + ((int64_t)later.spot.part * PIECE << level);

@@ -95,8 +95,8 @@ struct Layout : Reader<Mode, Element> {
   }
 };
 
-// Memory for a shelf. What is not small, but bounded, is kept by the thread that calls: to ask for it
-// anew each time takes as long as to fill it.
+// Memory for a shelf. If it is neither small nor large, the thread that calls keeps it: to ask for
+// it anew each time takes as long as to fill it.
 class Room {
   static constexpr int64_t SMALL = 1 << 18, LARGE = 5 << 20;  // words
   using Owned = std::unique_ptr<float, void (*)(void*)>;
@@ -167,7 +167,8 @@ class Shelf {
       rooms.resize((pair - first_pair + 1) * spots);
       for (int64_t i = call.row_pointer[list]; fits && i < call.row_pointer[list + 1]; i++) {
         Spot spot{call.key_block[i], std::max<int8_t>(call.tag[i], 0)};
-        for (int64_t left = keys_of(call, spot.block, spot.level); left > 0; left -= PIECE, spot.part++) {
+        int64_t left = keys_of(call, spot.block, spot.level);
+        for (; left > 0; left -= PIECE, spot.part++) {
           float*& room = rooms[number(pair, spot)];
           if (room) continue;
           fits = fits && used + size(left) <= words;
