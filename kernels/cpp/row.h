@@ -199,7 +199,8 @@ struct Row : Reader<Mode, Element> {
       return;
     }
     if (float* room = shelf.room(pair, later.spot))
-      ahead.add(room, sizeof(float) * piece_words<Mode>(later.keys(), scratch.depth, scratch.width));
+      ahead.add(room, sizeof(float) * piece_words<Mode>(later.keys(), scratch.depth,
+                                                        scratch.width));
     const Reader<Mode, Element> next(call, scratch, pair / call.heads, pair % call.heads);
     const int64_t from = call.key_offsets[later.spot.block], level = later.spot.level;
     const int64_t start = from + ((int64_t)later.spot.part * PIECE << level);
