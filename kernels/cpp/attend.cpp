@@ -44,7 +44,8 @@ struct Crew {
 };
 
 struct Attend {
-  int64_t shelf = 5 << 20;  // elements: keys and values of 20,480 tokens with a head_dim of 128
+  // Of the shelf, in elements: keys and values of 20,480 tokens with a head_dim of 128.
+  int64_t room = 5 << 20;
 
   template <class Mode, class Element>
   void run(const Call& call) const {
@@ -52,10 +53,11 @@ struct Attend {
     for (int64_t i = 0; i < call.query_blocks; i++)
       block_q = std::max(block_q, call.query_offsets[i + 1] - call.query_offsets[i]);
     Crew<Mode> crew(call, block_q);
-    Shelf<Mode, Element> shelf(call, *crew.scratches[0], this->shelf);
-    const int64_t lists = call.heads * call.query_blocks, rows = call.batch * lists;
+    Shelf<Mode, Element> shelf(call, *crew.scratches[0], room);
+    const int64_t rows = call.batch * call.heads * call.query_blocks;
     auto length = [&](int64_t row) {
-      return call.row_pointer[row % lists + 1] - call.row_pointer[row % lists];
+      const int64_t list = list_of(call, row);
+      return call.row_pointer[list + 1] - call.row_pointer[list];
     };
     std::vector<int64_t> longest_first;
     for (int64_t row = 0; row < rows;) {
@@ -84,16 +86,15 @@ struct FindLargest {
   void run(const Call& call) const {
     const int64_t step = TILES * TILE / samples.lanes();
     const int64_t groups = (samples.query_blocks + step - 1) / step;
-    const int64_t pairs = samples.query_blocks * samples.key_blocks;
+    const int64_t blocks = samples.query_blocks * samples.key_blocks;
     auto item = [&](Scratch<Mode>& scratch, int64_t number) {
-      const int64_t head = number / groups % call.heads, sample = number / groups / call.heads;
+      const int64_t pair = number / groups, sample = pair / call.heads;
       Samples own = samples;
       if (each) {
         own.rows += sample * samples.query_blocks * samples.each;
         own.columns += sample * samples.key_blocks * samples.each;
       }
-      Sampled<Mode, Element>(call, scratch, sample, head, own, number % groups * step,
-                             out + (sample * call.heads + head) * pairs);
+      Sampled<Mode, Element>(call, scratch, pair, own, number % groups * step, out + pair * blocks);
     };
     Crew<Mode>(call, TILES * TILE, TILES * TILE * samples.key_blocks)
         .share_out(call.batch * call.heads * groups, item);
@@ -112,9 +113,7 @@ struct RankMeans {
     auto pool = [&](Scratch<Mode>& scratch, int64_t number) {
       const Side& side = number < of_queries ? queries : keys;
       number -= number < of_queries ? 0 : of_queries;
-      const int64_t pair = number / side.blocks;
-      Pool<Mode, Element>(call, scratch, pair / call.heads, pair % call.heads, side,
-                          number % side.blocks);
+      Pool<Mode, Element>(call, scratch, number / side.blocks, side, number % side.blocks);
     };
     Crew<Mode> crew(call, 0);
     crew.share_out(of_queries + pairs * keys.blocks, pool);
@@ -137,13 +136,11 @@ struct AddMass {
     const int64_t each = call.query_blocks * call.key_blocks, parts = (groups + TILES - 1) / TILES;
     const int64_t items = call.batch * call.heads * parts;
     auto item = [&](Scratch<Mode>& scratch, int64_t number) {
-      const int64_t first = number % parts * TILES, head = number / parts % call.heads;
-      const int64_t sample = number / parts / call.heads;
+      const int64_t first = number % parts * TILES, pair = number / parts;
       const int64_t end = group[std::min(first + TILES, groups)];
       for (int64_t tile = group[first]; tile < end; tile += TILES)
-        Mass<Mode, Element>(call, scratch, sample, head, slots + tile * TILE, block + tile * TILE,
-                            (int)std::min(TILES, end - tile),
-                            out + (sample * call.heads + head) * each);
+        Mass<Mode, Element>(call, scratch, pair, slots + tile * TILE, block + tile * TILE,
+                            (int)std::min(TILES, end - tile), out + pair * each);
     };
     Crew<Mode>(call, TILES * TILE).share_out(items, item);
   }

@@ -9,12 +9,12 @@ constexpr float HIGHEST = 126.f;  // power of two of a share, if the LSE is of o
 template <class Mode, class Element>
 struct Mass : Reader<Mode, Element> {
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
-  using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
+  using Reader<Mode, Element>::pair, Reader<Mode, Element>::sample;
 
   // Adds to `out` [query_blocks][key_blocks]; `block` is that of each slot.
-  Mass(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head,
-       const int64_t* slots, const int64_t* block, int tiles, float* out)
-      : Reader<Mode, Element>(call, scratch, sample, head) {
+  Mass(const Call& call, Scratch<Mode>& scratch, int64_t pair, const int64_t* slots,
+       const int64_t* block, int tiles, float* out)
+      : Reader<Mode, Element>(call, scratch, pair) {
     for (int i = 0; i < tiles; i++) start(*scratch.tiles[i], slots + i * TILE);
     for (int64_t column = 0; column < call.key_blocks; column++) {
       for (int i = 0; i < tiles; i++) std::fill_n(scratch.tiles[i]->total, TILE, 0.f);
@@ -26,7 +26,7 @@ struct Mass : Reader<Mode, Element> {
   }
 
   void start(Tile& tile, const int64_t* slots) {
-    const float* lse = call.lse + (sample * call.heads + head) * call.queries;
+    const float* lse = call.lse + pair * call.queries;
     for (int i = 0; i < TILE; i++) {
       // A query that saw nothing has no share to give.
       const float known = slots[i] < 0 ? -INFINITY : lse[slots[i]];

@@ -24,16 +24,15 @@ template <class Mode, class Element>
 struct Pool : Reader<Mode, Element> {
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
 
-  Pool(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head, const Side& side,
-       int64_t block)
-      : Reader<Mode, Element>(call, scratch, sample, head) {
-    const uint8_t* hidden = call.hidden ? call.hidden + sample * call.keys : nullptr;
+  Pool(const Call& call, Scratch<Mode>& scratch, int64_t pair, const Side& side, int64_t block)
+      : Reader<Mode, Element>(call, scratch, pair) {
+    const uint8_t* hidden = call.hidden ? call.hidden + this->sample * call.keys : nullptr;
     const int64_t width = Side::width(call), size = call.head_dim;
-    const int64_t own = sample * call.heads + head, number = own * side.blocks + block;
+    const int64_t number = pair * side.blocks + block;
     float *token = scratch.rows, *middle = token + width, *sum = middle + width,
           *direction = sum + width;
     memset(token, 0, 4 * width * sizeof(float));
-    if (side.center) memcpy(middle, side.center + own * size, size * sizeof(float));
+    if (side.center) memcpy(middle, side.center + pair * size, size * sizeof(float));
     int64_t count = 0;
     const int64_t end = side.offsets[block + 1];
     for (int64_t i = side.offsets[block]; i < end; i++) {

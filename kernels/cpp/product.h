@@ -129,8 +129,8 @@ struct Tiles : Pairs {
   };
 };
 
-// As `register_tile`, of 16 rows or, if TALL, of 32, and a panel.
-template <bool ACCUMULATE, bool TALL>
+// As `register_tile`, of 16 rows or, if BOTH, of 32, and a panel.
+template <bool ACCUMULATE, bool BOTH>
 INLINE void tile_block(const float* x, const float* words, int64_t row_stride, int64_t depth_stride,
                        int depth, float* to) {
   constexpr int PANEL = Tiles::PANEL;
@@ -140,13 +140,13 @@ INLINE void tile_block(const float* x, const float* words, int64_t row_stride, i
   if (ACCUMULATE) {
     _tile_loadd(0, to, WIDTH);
     _tile_loadd(1, to + 16, WIDTH);
-    if (TALL) _tile_loadd(2, low, WIDTH);
-    if (TALL) _tile_loadd(3, low + 16, WIDTH);
+    if (BOTH) _tile_loadd(2, low, WIDTH);
+    if (BOTH) _tile_loadd(3, low + 16, WIDTH);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    if (TALL) _tile_zero(2);
-    if (TALL) _tile_zero(3);
+    if (BOTH) _tile_zero(2);
+    if (BOTH) _tile_zero(3);
   }
   for (int k = 0; k < depth; k += 16) {
     _tile_loadd(4, words + k * depth_stride, stride);
@@ -154,23 +154,23 @@ INLINE void tile_block(const float* x, const float* words, int64_t row_stride, i
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, x + k * PANEL + 16, WIDTH);
     _tile_dpbf16ps(1, 4, 7);
-    if (!TALL) continue;
+    if (!BOTH) continue;
     _tile_loadd(5, words + 16 * row_stride + k * depth_stride, stride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, to, WIDTH);
   _tile_stored(1, to + 16, WIDTH);
-  if (TALL) _tile_stored(2, low, WIDTH);
-  if (TALL) _tile_stored(3, low + 16, WIDTH);
+  if (BOTH) _tile_stored(2, low, WIDTH);
+  if (BOTH) _tile_stored(3, low + 16, WIDTH);
 }
 
 template <bool ACCUMULATE, class Beside>
 static void product_of_tiles(const float* x, const float* words, int64_t row_stride,
                              int64_t depth_stride, int depth, float* to, int rows,
                              const Beside& beside) {
-  auto block = [&](auto tall, int row) {
-    tile_block<ACCUMULATE, tall>(x, words + row * row_stride, row_stride, depth_stride, depth,
+  auto block = [&](auto both, int row) {
+    tile_block<ACCUMULATE, both>(x, words + row * row_stride, row_stride, depth_stride, depth,
                                  to + row * Tiles::PANEL);
     beside();
   };

@@ -1,4 +1,4 @@
-// Reader: one head of one sample, and how its tensors are read.
+// Reader: one head of one sample, a pair, and how its tensors are read.
 #pragma once
 
 #include <cmath>
@@ -13,16 +13,18 @@ template <class Mode, class Element>
 struct Reader {
   const Call& call;
   Scratch<Mode>& scratch;
-  const int64_t sample, head;
+  const int64_t pair, sample, head;
   const float scale;   // of float32 queries, to scores in powers of two
   const float factor;  // of scores, where queries stay as they are but for their sign
   const Half sign;
 
-  Reader(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head)
+  // Pairs are numbered by sample and head.
+  Reader(const Call& call, Scratch<Mode>& scratch, int64_t pair)
       : call(call),
         scratch(scratch),
-        sample(sample),
-        head(head),
+        pair(pair),
+        sample(pair / call.heads),
+        head(pair % call.heads),
         scale((float)call.scale * LOG2_E),
         factor(Mode::PACKED == 2 ? std::max(std::fabs(scale), LEAST) : 1.f),
         sign(call.scale < 0 ? 0x8000 : 0) {}

@@ -15,49 +15,16 @@
 constexpr float LOWEST = -1e20f;  // running maximum before any score, above HIDDEN
 constexpr float GROWTH = 8.f;     // a maximum that grows by less, in powers of two, is not updated
 
-// The spots that a row lists, one after the other.
-struct Walk {
-  const Call& call;
-  int64_t entry, end;
-  Spot spot;
-  int64_t left = 0;  // keys of the block, from the spot on
-
-  Walk(const Call& call, int64_t list)
-      : call(call), entry(call.row_pointer[list]), end(call.row_pointer[list + 1]) {
-    enter();
-  }
-
-  bool over() const { return entry == end; }
-  int8_t tag() const { return call.tag[entry]; }
-  int keys() const { return (int)std::min<int64_t>(left, PIECE); }
-
-  void next() {
-    left -= keys();
-    spot.part++;
-    if (left) return;
-    entry++;
-    enter();
-  }
-
- private:
-  void enter() {
-    for (left = 0; entry < end; entry++) {
-      spot = {call.key_block[entry], std::max<int8_t>(tag(), 0)};
-      if ((left = keys_of(call, spot.block, spot.level))) return;
-    }
-  }
-};
-
 // One query block of one head of one sample.
 template <class Mode, class Element>
 struct Row : Reader<Mode, Element> {
   static constexpr int PANEL = Mode::PANEL, VECTORS = PANEL / LANES;
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
-  using Reader<Mode, Element>::sample, Reader<Mode, Element>::head;
+  using Reader<Mode, Element>::pair, Reader<Mode, Element>::head;
   Shelf<Mode, Element>& shelf;
   const Windows& windows;
   const float bound;  // how far below their maximum scores lie whose values are left out
-  const int64_t pair, block, next_row;
+  const int64_t block, next_row;
   int tiles = 0;
   Walk walk;
   Piece piece;                      // where the walk is
@@ -67,28 +34,22 @@ struct Row : Reader<Mode, Element> {
   Ahead ahead;
   int64_t after = 0;  // queries of this row and the next whose memory was asked for
 
-  // Rows are numbered by sample, head and query block. `next_row` is likely to be the one that
-  // this thread turns to.
+  // `next_row` is likely to be the one that this thread turns to.
   Row(const Call& call, Scratch<Mode>& scratch, Shelf<Mode, Element>& shelf, int64_t row,
       int64_t next_row)
-      : Reader<Mode, Element>(call, scratch, row / call.query_blocks / call.heads,
-                              row / call.query_blocks % call.heads),
+      : Reader<Mode, Element>(call, scratch, row / call.query_blocks),
         shelf(shelf),
         windows(call.windows[head]),
         bound((float)call.pv_skip * LOG2_E),
-        pair(row / call.query_blocks),
         block(row % call.query_blocks),
         next_row(next_row),
-        walk(call, list_of(row)) {
+        walk(call, row) {
     const int64_t end = call.query_offsets[block + 1];
     for (int64_t at = call.query_offsets[block]; at < end; at += TILE)
       start(*scratch.tiles[tiles++], at, std::min<int64_t>(TILE, end - at));
     for (; !walk.over(); walk.next()) visit();
     for (int i = 0; i < tiles; i++) finish(*scratch.tiles[i]);
   }
-
-  // The list of a row, which all samples share.
-  int64_t list_of(int64_t row) const { return row % (call.heads * call.query_blocks); }
 
   void start(Tile& tile, int64_t first, int count) {
     tile.count = count;
@@ -170,11 +131,9 @@ struct Row : Reader<Mode, Element> {
     ahead.clear();
     Walk later = walk;
     later.next();
-    if (!later.over()) lay_ahead(later, pair);
+    if (!later.over()) lay_ahead(later, *this);
     if (walk.end - walk.entry <= 2) {
-      const int64_t next_pair = next_row / call.query_blocks;
-      const Reader<Mode, Element> next(call, scratch, next_pair / call.heads,
-                                       next_pair % call.heads);
+      const Reader<Mode, Element> next(call, scratch, next_row / call.query_blocks);
       auto add = [&](const Reader<Mode, Element>& of, const Operand& operand, int64_t number) {
         const int64_t at = call.query_offsets[number] + after;
         if (at < call.query_offsets[number + 1])
@@ -184,32 +143,31 @@ struct Row : Reader<Mode, Element> {
         add(*this, call.output, block);
         add(next, call.query, next_row % call.query_blocks);
       }
-      const Walk start(call, list_of(next_row));
-      if (later.over() && !start.over()) lay_ahead(start, next_pair);
+      const Walk start(call, next_row);
+      if (later.over() && !start.over()) lay_ahead(start, next);
     }
     const int steps = (walk.keys() + STEP - 1) / STEP * tiles * (TILE / PANEL);
     ahead.spread(steps * (besides<Mode>(STEP) + besides<Mode>(call.head_dim)));
   }
 
-  void lay_ahead(const Walk& later, int64_t pair) {
-    if (const Piece* next = shelf.find(pair, later.spot)) {
+  void lay_ahead(const Walk& later, const Reader<Mode, Element>& of) {
+    if (const Piece* next = shelf.find(of.pair, later.spot)) {
       const int64_t keys = later.keys();
       ahead.add(next->keys, keys * scratch.depth * sizeof(float));
       ahead.add(next->values, value_words<Mode>(later.keys(), scratch.width) * sizeof(float));
       return;
     }
-    if (float* room = shelf.room(pair, later.spot))
+    if (float* room = shelf.room(of.pair, later.spot))
       ahead.add(room, sizeof(float) * piece_words<Mode>(later.keys(), scratch.depth,
                                                         scratch.width));
-    const Reader<Mode, Element> next(call, scratch, pair / call.heads, pair % call.heads);
     const int64_t from = call.key_offsets[later.spot.block], level = later.spot.level;
     const int64_t start = from + ((int64_t)later.spot.part * PIECE << level);
     const int64_t end = std::min(start + ((int64_t)later.keys() << level),
                                  call.key_offsets[later.spot.block + 1]);
     for (int64_t position = start; position < end; position++) {
       const int64_t token = call.key_permutation[position];
-      ahead.add(next.at(call.key, token), call.head_dim * sizeof(Element));
-      ahead.add(next.at(call.value, token), call.head_dim * sizeof(Element));
+      ahead.add(of.at(call.key, token), call.head_dim * sizeof(Element));
+      ahead.add(of.at(call.value, token), call.head_dim * sizeof(Element));
     }
   }
 
@@ -334,7 +292,7 @@ struct Row : Reader<Mode, Element> {
       Element* to = (Element*)this->at(call.output, tile.tokens[i]);
       const float* row = scratch.rows + i * scratch.width;
       for (int d = 0; d < call.head_dim; d++) narrow(empty ? 0.f : row[d] * inverse, to[d]);
-      call.lse[(sample * call.heads + head) * call.queries + tile.tokens[i]] =
+      call.lse[pair * call.queries + tile.tokens[i]] =
           empty ? -INFINITY : (tile.largest[i] + log2f(tile.total[i])) * LN_2;
     }
   }

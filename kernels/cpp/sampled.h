@@ -28,9 +28,9 @@ struct Sampled : Reader<Mode, Element> {
   const int64_t lanes, first;
   int tiles = 0;
 
-  Sampled(const Call& call, Scratch<Mode>& scratch, int64_t sample, int64_t head,
-          const Samples& samples, int64_t first, float* out)
-      : Reader<Mode, Element>(call, scratch, sample, head),
+  Sampled(const Call& call, Scratch<Mode>& scratch, int64_t pair, const Samples& samples,
+          int64_t first, float* out)
+      : Reader<Mode, Element>(call, scratch, pair),
         samples(samples),
         lanes(samples.lanes()),
         first(first) {

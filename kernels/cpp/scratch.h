@@ -10,9 +10,7 @@
 #include "bounds.h"
 #include "product.h"
 
-constexpr int VECTORS = TILE / LANES;
 constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
-
 constexpr int PIECE = 128;  // keys
 
 // Keys that are laid out together.

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <atomic>
-#include <optional>
 
 #include "reader.h"
 
@@ -25,6 +24,46 @@ static int64_t keys_of(const Call& call, int64_t block, int level) {
   return (call.key_offsets[block + 1] - call.key_offsets[block] + run - 1) / run;
 }
 
+// Rows are numbered by sample, head and query block; all samples share the lists.
+static int64_t list_of(const Call& call, int64_t row) {
+  return row % (call.heads * call.query_blocks);
+}
+
+// The spots that a row lists, one after the other.
+struct Walk {
+  const Call& call;
+  int64_t entry, end;
+  Spot spot;
+  int64_t left = 0;  // keys of the block, from the spot on
+
+  Walk(const Call& call, int64_t row)
+      : call(call),
+        entry(call.row_pointer[list_of(call, row)]),
+        end(call.row_pointer[list_of(call, row) + 1]) {
+    enter();
+  }
+
+  bool over() const { return entry == end; }
+  int8_t tag() const { return call.tag[entry]; }
+  int keys() const { return (int)std::min<int64_t>(left, PIECE); }
+
+  void next() {
+    left -= keys();
+    spot.part++;
+    if (left) return;
+    entry++;
+    enter();
+  }
+
+ private:
+  void enter() {
+    for (left = 0; entry < end; entry++) {
+      spot = {call.key_block[entry], std::max<int8_t>(tag(), 0)};
+      if ((left = keys_of(call, spot.block, spot.level))) return;
+    }
+  }
+};
+
 // A spot, laid out: keys in rows, values in rows or, in pairs, by groups.
 struct Piece {
   const float *keys = nullptr, *values = nullptr;
@@ -36,10 +75,10 @@ struct Piece {
 template <class Mode, class Element>
 struct Layout : Reader<Mode, Element> {
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
-  static constexpr int GROUP = ::GROUP<Mode>, AHEAD = 8;  // tokens that are fetched before
+  static constexpr int GROUP = ::GROUP<Mode>;
 
   Layout(const Call& call, Scratch<Mode>& scratch, int64_t pair)
-      : Reader<Mode, Element>(call, scratch, pair / call.heads, pair % call.heads) {}
+      : Reader<Mode, Element>(call, scratch, pair) {}
 
   // Padded text, and what fills up a group, are zeros.
   Piece make(const Spot& spot, float* to) {
@@ -53,10 +92,9 @@ struct Layout : Reader<Mode, Element> {
     Piece piece{keys, values, bias, spot.level > 0};
     const Element* woven[GROUP];
     for (int key = 0; key < padded(count, GROUP); key++, keys += scratch.depth) {
-      const int64_t stop = std::min(at + run, end), later = std::max<int64_t>(AHEAD, run);
+      const int64_t stop = std::min(at + run, end);
       int64_t seen[1 << (LEVELS - 1)], shown = 0;
       for (; at < stop; at++) {
-        prefetch(call.key_permutation[std::min(at + later, end - 1)]);
         seen[shown] = call.key_permutation[at];
         shown += !hidden || !hidden[seen[shown]];
       }
@@ -83,16 +121,6 @@ struct Layout : Reader<Mode, Element> {
     }
     return piece;
   }
-
- private:
-  void prefetch(int64_t token) const {
-    const char *key = (const char*)this->at(call.key, token),
-               *value = (const char*)this->at(call.value, token);
-    for (size_t line = 0; line < call.head_dim * sizeof(Element); line += 64) {
-      __builtin_prefetch(key + line);
-      __builtin_prefetch(value + line);
-    }
-  }
 };
 
 // Memory for a shelf. If it is neither small nor large, the thread that calls keeps it: to ask for
@@ -103,9 +131,7 @@ class Room {
   Owned own{nullptr, free};
 
  public:
-  float* start;
-
-  explicit Room(int64_t words) {
+  float* of(int64_t words) {
     static thread_local Owned kept{nullptr, free};
     static thread_local int64_t size = 0;
     const bool keep = words >= SMALL && words <= LARGE;
@@ -115,11 +141,11 @@ class Room {
       if (keep) size = memory ? words : 0;
       if (!memory) throw std::bad_alloc();
     }
-    start = keep ? kept.get() : own.get();
+    return keep ? kept.get() : own.get();
   }
 };
 
-// The keys and values of a group of rows. Rows are numbered by sample, head and query block.
+// The keys and values of a group of rows.
 template <class Mode, class Element>
 class Shelf {
   enum State { EMPTY, BEGUN, READY };
@@ -132,7 +158,8 @@ class Shelf {
   std::vector<int64_t> before[LEVELS];  // of a level that is listed: number of a block's first spot
   int64_t spots = 0;                    // of a head
   int64_t first_pair = 0, words;
-  std::optional<Room> memory;
+  Room memory;
+  float* start;
   std::vector<float*> rooms;  // of the heads of the group, by number; null where there is none
   std::vector<Slot> slots;
 
@@ -154,7 +181,7 @@ class Shelf {
     const int64_t elements = pairs * call.head_dim * (call.queries + 2 * call.keys);
     words = std::min(std::max(floor, elements / PART) * (int64_t)sizeof(Element) / 4, all * pairs);
     if (all > words) words /= 4;  // those of a head have no room: a few are kept for rows alike
-    memory.emplace(words);
+    start = memory.of(words);
   }
 
   // Empties the shelf for rows from `first` on, as many as have room, or a few; returns their end.
@@ -163,19 +190,13 @@ class Shelf {
     rooms.clear();
     first_pair = first / call.query_blocks;
     for (bool fits = true; row < end; row++) {
-      const int64_t pair = row / call.query_blocks, list = row % (call.heads * call.query_blocks);
+      const int64_t pair = row / call.query_blocks;
       rooms.resize((pair - first_pair + 1) * spots);
-      for (int64_t i = call.row_pointer[list]; fits && i < call.row_pointer[list + 1]; i++) {
-        Spot spot{call.key_block[i], std::max<int8_t>(call.tag[i], 0)};
-        int64_t left = keys_of(call, spot.block, spot.level);
-        for (; left > 0; left -= PIECE, spot.part++) {
-          float*& room = rooms[number(pair, spot)];
-          if (room) continue;
-          fits = fits && used + size(left) <= words;
-          if (!fits) break;
-          room = memory->start + used;
-          used += size(left);
-        }
+      for (Walk walk(call, row); fits && !walk.over(); walk.next()) {
+        float*& room = rooms[number(pair, walk.spot)];
+        if (room) continue;
+        fits = used + size(walk.keys()) <= words;
+        if (fits) room = start + std::exchange(used, used + size(walk.keys()));
       }
       if (!fits && row - first >= (row % call.query_blocks ? FEW : LEAST) * call.threads) break;
     }
@@ -186,9 +207,9 @@ class Shelf {
   // What lies there, or is put there now; where there is no room, or another thread is about to
   // put it there, as laid out for this thread alone.
   Piece take(Scratch<Mode>& scratch, int64_t pair, const Spot& spot) {
-    float* const room = rooms[number(pair, spot)];
+    if (const Piece* known = find(pair, spot)) return *known;
+    float* const room = this->room(pair, spot);
     Slot& slot = slots[number(pair, spot)];
-    if (slot.state.load(std::memory_order_acquire) == READY) return slot.piece;
     Layout<Mode, Element> layout(call, scratch, pair);
     State state = EMPTY;
     if (!room || !slot.state.compare_exchange_strong(state, BEGUN))
