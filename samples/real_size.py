@@ -23,6 +23,7 @@ from dit_sparse.pipelines.hook import enable_sparse_attention
 from dit_sparse.pipelines.plan import Plan
 from dit_sparse.pipelines.report import AttentionReport
 from dit_sparse.pipelines.stopwatch import Stopwatch
+from dit_sparse.video import replacing
 
 # Its names are resolved lazily, which type checkers take for private.
 diffusers: Any = importlib.import_module("diffusers")
@@ -154,7 +155,8 @@ def main() -> None:
         "environment": environment(),
     }
     write_bench(asked.out, data)
-    asked.out.with_suffix(".md").write_text(table(data))
+    with replacing(asked.out.with_suffix(".md")) as part:
+        part.write_text(table(data))
     print(table(data))
 
 
