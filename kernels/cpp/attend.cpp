@@ -19,6 +19,13 @@ static void on_threads(const Call& call, Work& work) {
   for (auto& thread : others) thread.join();
 }
 
+// Of the thread that asks, the same at every call.
+static int64_t own_number() {
+  static std::atomic<int64_t> known{0};
+  static thread_local const int64_t number = known++;
+  return number;
+}
+
 // Threads, each with a scratch that holds `more` words beside.
 template <class Mode>
 struct Crew {
@@ -30,14 +37,20 @@ struct Crew {
       scratches.emplace_back(new Scratch<Mode>((int)call.head_dim, block_q, more));
   }
 
-  // Lets all threads take items 0, 1, ... until none is left.
+  // Lets all threads take items until none is left. They are numbered, in parts that end there;
+  // every thread begins with another part and goes round.
   template <class Item>
-  void share_out(int64_t items, const Item& item) {
-    std::atomic<int64_t> next{0}, thread{0};
+  void share_out(const std::vector<int64_t>& ends, const Item& item) {
+    const int64_t parts = ends.size();
+    std::vector<std::atomic<int64_t>> next(parts);
+    for (int64_t part = 1; part < parts; part++) next[part] = ends[part - 1];
+    std::atomic<int64_t> thread{0};
     auto work = [&] {
       [[maybe_unused]] const typename Mode::Session session;
       Scratch<Mode>& scratch = *scratches[thread++];
-      for (int64_t number; (number = next++) < items;) item(scratch, number);
+      const int64_t first = own_number() % call.threads * parts / call.threads;
+      for (int64_t i = first; i < first + parts; i++)
+        for (int64_t number; (number = next[i % parts]++) < ends[i % parts];) item(scratch, number);
     };
     on_threads(call, work);
   }
@@ -55,21 +68,27 @@ struct Attend {
     Crew<Mode> crew(call, block_q);
     Shelf<Mode, Element> shelf(call, *crew.scratches[0], room);
     const int64_t rows = call.batch * call.heads * call.query_blocks;
+    auto pair = [&](int64_t row) { return row / call.query_blocks; };
     auto length = [&](int64_t row) {
       const int64_t list = list_of(call, row);
       return call.row_pointer[list + 1] - call.row_pointer[list];
     };
-    std::vector<int64_t> longest_first;
+    // The rows of each pair, the longest first. What lies on the shelf for a pair is then made and
+    // read by few threads: from the cache of another it comes late, of another chip very late.
+    std::vector<int64_t> order, ends;
     for (int64_t row = 0; row < rows;) {
       const int64_t end = shelf.clear(row, rows);
-      longest_first.clear();
-      for (; row < end; row++) longest_first.push_back(row);
-      std::stable_sort(longest_first.begin(), longest_first.end(),
-                       [&](int64_t a, int64_t b) { return length(a) > length(b); });
-      const int64_t last = longest_first.size() - 1;
-      crew.share_out(last + 1, [&](Scratch<Mode>& scratch, int64_t i) {
-        const int64_t next = std::min(i + call.threads, last);
-        Row<Mode, Element>(call, scratch, shelf, longest_first[i], longest_first[next]);
+      order.clear(), ends.clear();
+      while (row < end) {
+        const int64_t first = order.size(), own = pair(row);
+        for (; row < end && pair(row) == own; row++) order.push_back(row);
+        std::stable_sort(order.begin() + first, order.end(),
+                         [&](int64_t a, int64_t b) { return length(a) > length(b); });
+        ends.push_back(order.size());
+      }
+      const int64_t last = order.size() - 1, step = 1 + (call.threads - 1) / (int64_t)ends.size();
+      crew.share_out(ends, [&](Scratch<Mode>& scratch, int64_t i) {
+        Row<Mode, Element>(call, scratch, shelf, order[i], order[std::min(i + step, last)]);
       });
     }
   }
@@ -97,7 +116,7 @@ struct FindLargest {
       Sampled<Mode, Element>(call, scratch, pair, own, number % groups * step, out + pair * blocks);
     };
     Crew<Mode>(call, TILES * TILE, TILES * TILE * samples.key_blocks)
-        .share_out(call.batch * call.heads * groups, item);
+        .share_out({call.batch * call.heads * groups}, item);
   }
 };
 
@@ -116,8 +135,8 @@ struct RankMeans {
       Pool<Mode, Element>(call, scratch, number / side.blocks, side, number % side.blocks);
     };
     Crew<Mode> crew(call, 0);
-    crew.share_out(of_queries + pairs * keys.blocks, pool);
-    crew.share_out(call.heads * queries.blocks, [&](Scratch<Mode>&, int64_t number) {
+    crew.share_out({of_queries + pairs * keys.blocks}, pool);
+    crew.share_out({call.heads * queries.blocks}, [&](Scratch<Mode>&, int64_t number) {
       rank(call, queries, keys, similarity, number / queries.blocks, number % queries.blocks,
            weight, forced);
     });
@@ -142,7 +161,7 @@ struct AddMass {
         Mass<Mode, Element>(call, scratch, pair, slots + tile * TILE, block + tile * TILE,
                             (int)std::min(TILES, end - tile), out + pair * each);
     };
-    Crew<Mode>(call, TILES * TILE).share_out(items, item);
+    Crew<Mode>(call, TILES * TILE).share_out({items}, item);
   }
 };
 

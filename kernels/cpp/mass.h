@@ -41,7 +41,7 @@ struct Mass : Reader<Mode, Element> {
     for (int i = 0; i < count; i++) {
       const int64_t token = call.key_permutation[first + i];
       if (hidden && hidden[token]) continue;
-      this->copy(this->at(call.key, token), scratch.keys + (int64_t)keys++ * scratch.depth);
+      this->copy(this->at(call.key, token), scratch.keys + (int64_t)keys++ * scratch.depth, scratch.depth);
     }
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];

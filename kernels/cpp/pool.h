@@ -44,7 +44,7 @@ struct Pool : Reader<Mode, Element> {
       const Element* from = this->at(side.operand, side.permutation[i]);
       Vector squares = all(0.f);
       for (int64_t d = 0; d < width; d += LANES) {
-        const Vector x = part_of(from + d, size - d) - load(middle + d);
+        const Vector x = widened(from + d, size - d) - load(middle + d);
         store(token + d, x);
         squares += x * x;
       }
@@ -67,16 +67,6 @@ struct Pool : Reader<Mode, Element> {
     // The mean of all cosines is the square of the mean direction.
     side.cosine[number] = total(squares);
     side.count[number] = count;
-  }
-
-  // Of the next LANES elements those that there are, then zeros.
-  INLINE Vector part_of(const Element* from, int64_t left) {
-    alignas(64) float lanes[LANES] = {};
-    if (left >= LANES)
-      for (int i = 0; i < LANES; i++) lanes[i] = widened(from[i]);
-    else
-      for (int i = 0; i < left; i++) lanes[i] = widened(from[i]);
-    return load(lanes);
   }
 
   static constexpr int64_t AHEAD = 12;      // tokens that are fetched before they are read

@@ -36,45 +36,53 @@ struct Reader {
            head * operand.head;
   }
 
-  // The queries of `count` tokens (-1: none) as columns.
-  void queries(Tile& tile, const int64_t* tokens, int count) {
-    for (int i = 0; i < TILE; i++) {
-      float* row = scratch.rows + i * scratch.width;
-      memset(row, 0, scratch.width * sizeof(float));
-      if (i >= count || tokens[i] < 0) continue;
-      const Element* query = at(call.query, tokens[i]);
-      if constexpr (Mode::PACKED == 2)
-        for (int d = 0; d < call.head_dim; d++) ((Half*)row)[d] = query[d].bits ^ sign;
-      else
-        for (int d = 0; d < call.head_dim; d++) row[d] = widened(query[d]) * scale;
-    }
-    for (int d = 0; d < scratch.depth; d += LANES)
-      for (int i = 0; i < TILE; i += LANES)
-        transpose(scratch.rows + i * scratch.width + d, scratch.width,
-                  tile.queries + scratch.place(i, d, scratch.depth), Mode::PANEL);
+  // The next LANES words of a row of `left` elements, then zeros.
+  Vector words(const Element* from, int64_t left) const {
+    if constexpr (Mode::PACKED == 1) return widened(from, left);
+    if (left >= LANES * Mode::PACKED) return load_anywhere((const float*)from);
+    alignas(64) Element part[LANES * Mode::PACKED] = {};
+    for (int i = 0; i < left; i++) part[i] = from[i];
+    return load((const float*)part);
   }
 
-  void copy(const Element* from, float* to) const {
-    const int size = (int)call.head_dim;  // here, no store can be thought to change it
-    if constexpr (Mode::PACKED == 1 && sizeof(Element) == 2) {
-      for (int d = 0; d < size; d++) to[d] = widened(from[d]);
-    } else {
-      constexpr int GRAIN = sizeof(Vector) / sizeof(Element);  // of known size, no call
-      Element* elements = (Element*)to;
-      int d = 0;
-      for (; d + GRAIN <= size; d += GRAIN)
-        memcpy(elements + d, from + d, GRAIN * sizeof(Element));
-      for (; d < size; d++) elements[d] = from[d];
+  // The queries of `count` tokens (-1: none) as columns.
+  void queries(Tile& tile, const int64_t* tokens, int count) {
+    const Vector signs = (Vector)((Bits){} + (int32_t)(sign | (uint32_t)sign << 16));
+    for (int i = 0; i < TILE; i += LANES) {
+      const Element* rows[LANES];
+      for (int lane = 0; lane < LANES; lane++) {
+        const int64_t token = i + lane < count ? tokens[i + lane] : -1;
+        rows[lane] = token < 0 ? nullptr : at(call.query, token);
+      }
+      for (int d = 0; d < scratch.depth; d += LANES) {
+        const int done = d * Mode::PACKED;
+        Vector part[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+          part[lane] = rows[lane] ? words(rows[lane] + done, call.head_dim - done) : all(0.f);
+          if (Mode::PACKED == 2)
+            part[lane] = (Vector)((Bits)part[lane] ^ (Bits)signs);
+          else
+            part[lane] *= all(scale);
+        }
+        transpose(part);
+        for (int word = 0; word < LANES; word++)
+          store(tile.queries + scratch.place(i, d + word, scratch.depth), part[word]);
+      }
+    }
+  }
+
+  void copy(const Element* from, float* to, int words) const {
+    for (int d = 0; d < words; d += LANES) {
+      const int done = d * Mode::PACKED;
+      store(to + d, this->words(from + done, call.head_dim - done));
     }
   }
 
   // The mean of so many tokens, as `words` words that end in zeros.
   void read(const Operand& operand, const int64_t* tokens, int64_t count, float* to, int words) {
-    if (count != 1 || words * Mode::PACKED != call.head_dim) memset(to, 0, words * sizeof(float));
-    if (count == 1)
-      copy(at(operand, tokens[0]), to);
-    else if (count > 1)
-      mean(operand, tokens, count, to);
+    if (count == 1) return copy(at(operand, tokens[0]), to, words);
+    memset(to, 0, words * sizeof(float));
+    if (count > 1) mean(operand, tokens, count, to);
   }
 
   void mean(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {

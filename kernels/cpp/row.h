@@ -252,6 +252,7 @@ struct Row : Reader<Mode, Element> {
       const Vector after = larger(largest[v], before), shrink = exp2<false>(before - after);
       store(tile.largest + q + v * LANES, after);
       store(tile.total + q + v * LANES, load(tile.total + q + v * LANES) * shrink);
+      if (!any(before > all(LOWEST))) continue;  // nothing was summed up yet
       for (int d = 0; d < call.head_dim; d++) {
         float* sum = tile.sums + scratch.place(q, d, scratch.width) + v * LANES;
         store(sum, load(sum) * shrink);
@@ -281,19 +282,27 @@ struct Row : Reader<Mode, Element> {
   }
 
   void finish(Tile& tile) {
-    for (int d = 0; d < scratch.width; d += LANES)
-      for (int i = 0; i < TILE; i += LANES)
-        transpose(tile.sums + scratch.place(i, d, scratch.width), PANEL,
-                  scratch.rows + i * scratch.width + d, scratch.width);
-    for (int i = 0; i < tile.count; i++) {
+    for (int i = 0; i < tile.count; i += LANES) {
+      const Vector largest = load(tile.largest + i), total = load(tile.total + i);
       // A total that is not a number makes the output not a number, as it must.
-      const bool empty = tile.largest[i] == LOWEST && tile.total[i] < 1.f;
-      const float inverse = empty ? 0.f : 1.f / tile.total[i];
-      Element* to = (Element*)this->at(call.output, tile.tokens[i]);
-      const float* row = scratch.rows + i * scratch.width;
-      for (int d = 0; d < call.head_dim; d++) narrow(empty ? 0.f : row[d] * inverse, to[d]);
-      call.lse[pair * call.queries + tile.tokens[i]] =
-          empty ? -INFINITY : (tile.largest[i] + log2f(tile.total[i])) * LN_2;
+      const Bits empty = (largest == all(LOWEST)) & (total < all(1.f));
+      const Vector inverse = all(1.f) / total;
+      const int count = std::min(LANES, tile.count - i);
+      for (int d = 0; d < call.head_dim; d += LANES) {
+        Vector part[LANES];
+        for (int row = 0; row < LANES; row++) {
+          const Vector sum = load(tile.sums + scratch.place(i, d + row, scratch.width));
+          part[row] = where(empty, all(0.f), sum * inverse);
+        }
+        transpose(part);
+        for (int lane = 0; lane < count; lane++) {
+          Element* to = (Element*)this->at(call.output, tile.tokens[i + lane]);
+          narrow(part[lane], to + d, call.head_dim - d);
+        }
+      }
+      for (int lane = 0; lane < count; lane++)
+        call.lse[pair * call.queries + tile.tokens[i + lane]] =
+            empty[lane] ? -INFINITY : (largest[lane] + log2f(total[lane])) * LN_2;
     }
   }
 };

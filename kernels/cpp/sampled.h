@@ -62,7 +62,7 @@ struct Sampled : Reader<Mode, Element> {
     for (int64_t i = column * samples.each; i < (column + 1) * samples.each; i++)
       if (samples.columns[i] >= 0)
         this->copy(this->at(call.key, samples.columns[i]),
-                   scratch.keys + (int64_t)keys++ * scratch.depth);
+                   scratch.keys + (int64_t)keys++ * scratch.depth, scratch.depth);
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];
       for (int q = 0; q < TILE; q += Mode::PANEL) {

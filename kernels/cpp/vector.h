@@ -189,3 +189,38 @@ INLINE void narrow(float x, Float16& to) {
     to.bits = sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
   }
 }
+
+// LANES elements.
+template <class Element>
+INLINE void narrow(Vector x, Element* to) {
+  alignas(64) float lanes[LANES];
+  store(lanes, x);
+  for (int i = 0; i < LANES; i++) narrow(lanes[i], to[i]);
+}
+// Compilers do not find it.
+INLINE void narrow(Vector x, Bfloat* to) {
+  typedef Half Halves __attribute__((vector_size(2 * LANES)));
+  const Bits bits = (Bits)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Vector known = where(x == x, (Vector)(rounded >> 16), (Vector)((Bits){} + 0x7fc0));
+  const Halves halves = __builtin_convertvector((Bits)known, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
+// The next LANES of `left` elements, then zeros.
+template <class Element>
+INLINE Vector widened(const Element* from, int64_t left) {
+  alignas(64) float lanes[LANES] = {};
+  if (left >= LANES)
+    for (int i = 0; i < LANES; i++) lanes[i] = widened(from[i]);
+  else
+    for (int i = 0; i < left; i++) lanes[i] = widened(from[i]);
+  return load(lanes);
+}
+// As many of them as are left.
+template <class Element>
+INLINE void narrow(Vector x, Element* to, int64_t left) {
+  if (left >= LANES) return narrow(x, to);
+  Element part[LANES];
+  narrow(x, part);
+  for (int i = 0; i < left; i++) to[i] = part[i];
+}
