@@ -10,6 +10,7 @@ template <class Mode, class Element>
 struct Mass : Reader<Mode, Element> {
   using Reader<Mode, Element>::call, Reader<Mode, Element>::scratch;
   using Reader<Mode, Element>::pair, Reader<Mode, Element>::sample;
+  Ahead ahead;
 
   // Adds to `out` [query_blocks][key_blocks]; `block` is that of each slot.
   Mass(const Call& call, Scratch<Mode>& scratch, int64_t pair, const int64_t* slots,
@@ -38,6 +39,10 @@ struct Mass : Reader<Mode, Element> {
   void step(int tiles, int64_t first, int count) {
     const uint8_t* hidden = call.hidden ? call.hidden + sample * call.keys : nullptr;
     int keys = 0;
+    ahead.clear();
+    for (int64_t i = first + count; i < std::min(first + count + STEP, call.keys); i++)
+      ahead.add(this->at(call.key, call.key_permutation[i]), call.head_dim * sizeof(Element));
+    ahead.spread(tiles * (TILE / Mode::PANEL) * besides<Mode>(STEP));
     for (int i = 0; i < count; i++) {
       const int64_t token = call.key_permutation[first + i];
       if (hidden && hidden[token]) continue;
@@ -47,14 +52,14 @@ struct Mass : Reader<Mode, Element> {
       Tile& tile = *scratch.tiles[i];
       for (int q = 0; q < TILE; q += Mode::PANEL) {
         product<Mode, false>(tile.queries + q * scratch.depth, scratch.keys, scratch.depth, 1,
-                             this->words(), scratch.scores, keys);
+                             this->words(), scratch.scores, keys, [this] { ahead.some(); });
         for (int v = 0; v < Mode::PANEL; v += LANES) {
-          const Vector top = load(tile.largest + q + v);
+          const Vector top = load(tile.largest + q + v), factor = all(this->factor);
           Vector sum = load(tile.total + q + v);
           for (int key = 0; key < keys; key++) {
-            const Vector score = load(scratch.scores + key * Mode::PANEL + v) * all(this->factor);
+            const Vector score = load(scratch.scores + key * Mode::PANEL + v) * factor;
             // In this order, what is not a number stays so.
-            sum += exp2<true>(-larger(all(-HIGHEST), top - score));
+            sum += exp2<true>(smaller(all(HIGHEST), score - top));
           }
           store(tile.total + q + v, sum);
         }
@@ -63,16 +68,15 @@ struct Mass : Reader<Mode, Element> {
   }
 
   void add(const Tile& tile, const int64_t* block, float* out) {
-    if (block[0] == block[TILE - 1] && block[0] >= 0) {  // and so are all between
-      Vector sum = all(0.f);
-      for (int v = 0; v < TILE; v += LANES) {
-        const Vector share = load(tile.total + v);
-        sum += where(load(tile.largest + v) == all(INFINITY), all(0.f), share);
+    for (int v = 0; v < TILE; v += LANES) {
+      const Bits none = load(tile.largest + v) == all(INFINITY);
+      const Vector share = where(none, all(0.f), load(tile.total + v));
+      if (block[v] == block[v + LANES - 1] && block[v] >= 0) {  // and so are all between
+        out[block[v] * call.key_blocks] += total(share);
+      } else {
+        for (int i = 0; i < LANES; i++)
+          if (block[v + i] >= 0) out[block[v + i] * call.key_blocks] += share[i];
       }
-      out[block[0] * call.key_blocks] += total(sum);
-    } else {
-      for (int i = 0; i < TILE; i++)
-        if (tile.largest[i] != INFINITY) out[block[i] * call.key_blocks] += tile.total[i];
     }
   }
 };

@@ -33,10 +33,10 @@ struct Single {
 };
 
 #if defined(__AVX512BF16__)
-// Two bfloat16 a word, multiplied and added in one instruction: neighbors in head_dim, or keys that
-// are so far apart that their weights need no permutation.
+// Two bfloat16 a word, multiplied and added in one instruction: neighbors in head_dim, or keys of
+// a group of SHORT.
 struct Pairs {
-  static constexpr int PACKED = 2, PAD = 32, APART = 16, PANEL = TILE;
+  static constexpr int PACKED = 2, PAD = 32, APART = SHORT / 2, PANEL = TILE;
   static constexpr bool TURNED = false;
   struct Session {};
   INLINE Vector add(Vector sum, Vector x, const float* word) {
@@ -89,7 +89,7 @@ INLINE void register_tile(const float* x, const float* words, int64_t row_stride
 #if defined(__AMX_BF16__)
 // Two bfloat16 a word, in tiles of 16 rows by 16 words.
 struct Tiles : Pairs {
-  static constexpr int PANEL = 32;
+  static constexpr int APART = 16, PANEL = 32;
   static constexpr bool TURNED = true;
 
   // Those words by depth.

@@ -30,7 +30,7 @@ INLINE Vector all(float x) { return x - (Vector){}; }
 INLINE Vector where(Bits mask, Vector yes, Vector no) {
   return (Vector)((mask & (Bits)yes) | (~mask & (Bits)no));
 }
-// The larger one, and `b` if either is not a number. Compilers do not find the instruction.
+// The larger or smaller one, `b` if either is not a number. Compilers do not find the instructions.
 INLINE Vector larger(Vector a, Vector b) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
@@ -38,6 +38,15 @@ INLINE Vector larger(Vector a, Vector b) {
   return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+INLINE Vector smaller(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Vector)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -81,13 +90,19 @@ INLINE bool any(Bits mask) {
   return found != 0;
 }
 
+// Instructions for the two ends of it that processors with AMX do at full rate, those without at
+// half.
+#if defined(__AMX_BF16__) && defined(__AVX512DQ__)
+#define FAST_SCALE
+#endif
+
 // 2^x, not below 2^-64, by rounding, a polynomial on [-1/2, 1/2] and an addition to the exponent.
 // The bound keeps products with it out of the subnormal numbers, which take a hundred times as
 // long. ROUGH is for what is rounded to 8 bits afterwards. NaN stays NaN.
 template <bool ROUGH>
 INLINE Vector exp2(Vector x) {
   x = larger(all(-64.f), x);
-#if defined(__AVX512DQ__)
+#if defined(FAST_SCALE)
   const Vector part = (Vector)_mm512_reduce_ps((__m512)x, 0);
 #else
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: integers are its units in the last place
@@ -107,7 +122,7 @@ INLINE Vector exp2(Vector x) {
     y = y * part + all(6.9314718e-1f);
     y = y * part + all(1.f);
   }
-#if defined(__AVX512DQ__)
+#if defined(FAST_SCALE)
   return (Vector)_mm512_scalef_ps((__m512)y, (__m512)(x - part));
 #else
   return (Vector)((Bits)y + ((Bits)rounded << 23));
