@@ -4,8 +4,10 @@
     fraction_of_ideal   = speedup * block density
     sparsity_efficiency = seconds of the same backend at density 1 / seconds * block density
     gflops              = 4 * head_dim * pairs in visited blocks / seconds
+    peak_gflops         = what the CPU's multiply-add instruction does in registers
+    share_of_dense      = seconds of a block mass / dense SDPA seconds
 
-Dense SDPA and the GEMM are timed in the same rounds as the backends.
+Dense SDPA, the GEMM, the peak and the masses are timed in the same rounds as the backends.
 """
 
 import json
@@ -19,6 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_sparse.environment import environment
+from dit_sparse.kernels import native
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.calibration import (
     Calibration,
@@ -31,8 +34,9 @@ from dit_sparse.kernels.calibration import (
     work_of,
 )
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.stage import STAGES, Calls
-from dit_sparse.measurement import accepting, candidates, interleaved, verify
+from dit_sparse.measurement import accepting, candidates, interleaved, verify, verify_mass
 from dit_sparse.runs import prepare_folder
 from dit_sparse.video import replacing
 from dit_sparse.workload import Workload
@@ -42,6 +46,7 @@ OnRound = Callable[[int, int], None]
 _GEMM_SIDE = {"cpu": 2048}
 _GEMM_SIDE_ELSEWHERE = 8192
 _STAGE_DENSITY = 0.25
+_MASS_ROWS = 16  # of each block, as searches by mass look at
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,25 @@ class Row:
     sparsity_efficiency: float | None
     gflops: float
     gemm_gflops: float
+    peak_gflops: float | None
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class MassRow:
+    """The exact mass of every pair of blocks, from `rows` queries of each or from all."""
+
+    device: str
+    dtype: str
+    heads: int
+    head_dim: int
+    tokens: int
+    block: int
+    rows: int | None
+    seconds: float
+    dense_seconds: float
+    share_of_dense: float
+    gflops: float
     max_error: float
 
 
@@ -73,6 +97,7 @@ class Bench:
     """All rows, and why a backend has none for a workload."""
 
     rows: list[Row]
+    masses: list[MassRow]
     refusals: list[dict[str, Any]]
     repeats: int
 
@@ -80,11 +105,13 @@ class Bench:
         """As JSON, with what a reader of the figures must know."""
         return {
             "rows": [asdict(row) for row in self.rows],
+            "masses": [asdict(row) for row in self.masses],
             "refusals": self.refusals,
             "protocol": {
                 "verified": "output and LSE of sampled rows against float64, before timing",
                 "timing": f"interleaved in one process, median of {self.repeats} rounds",
                 "round": "one call of each, on an accelerator ten in a row",
+                "peak": "native's own multiply-add on registers, all threads; CPUs only",
                 "dense": "torch.nn.functional.scaled_dot_product_attention, heads first",
             },
             "environment": environment(),
@@ -103,7 +130,7 @@ def bench(
         ValueError: a backend that was named refuses, all refuse, or one is wrong.
     """
     chosen = candidates(backends)
-    found = Bench([], [], repeats)
+    found, weighed = Bench([], [], [], repeats), set[Workload]()
     for workload in workloads:
         call = workload.call()
         accepted, reasons = accepting(chosen, call)
@@ -118,10 +145,18 @@ def bench(
         full = AttentionCall(
             call.query, call.key, call.value, workload.dense().blocks(), call.scale
         )
-        jobs: dict[tuple[str, str], Callable[[], object]] = {
+        jobs: dict[tuple[str, str | int | None], Callable[[], object]] = {
             ("dense", "SDPA"): _dense(call),
             ("dense", "GEMM"): _gemm(call),
         }
+        operations = native.peak(call.query.dtype) if workload.device == "cpu" else None
+        if operations is not None:
+            jobs["dense", "peak"] = partial(native.peak, call.query.dtype)
+        # A mass is that of the tokens, whatever else is listed.
+        masses: dict[int | None, float] = {}
+        if workload.dense() not in weighed:
+            weighed.add(workload.dense())
+            masses = _add_masses(full, jobs)
         for backend in accepted:
             jobs[backend.name, "sparse"] = partial(backend.run, call)
             if backend.supports(full) is None:
@@ -129,16 +164,55 @@ def bench(
                 jobs[backend.name, "full"] = partial(backend.run, full)
         seconds = interleaved(jobs, repeats, call.query.device, on_round)
         density = call.blocks.density().weighted
+        peak = None if operations is None else operations / seconds["dense", "peak"] / 1e9
         for name, error in errors.items():
-            found.rows.append(_row(workload, name, density, seconds, error))
+            found.rows.append(_row(workload, name, density, seconds, peak, error))
+        for rows, error in masses.items():
+            found.masses.append(_mass_row(workload, rows, seconds, error))
     return found
+
+
+def _add_masses(
+    full: AttentionCall, jobs: dict[tuple[str, str | int | None], Callable[[], object]]
+) -> dict[int | None, float]:
+    """Adds what weighs every pair of blocks to the jobs; the error of each, by its rows."""
+    query, key, value, blocks = full.query, full.key, full.value, full.blocks
+    _, lse = sparse_attention(query, key, value, blocks, scale=full.scale)
+    errors = {}
+    for rows in (_MASS_ROWS, None):
+        job = partial(block_mass, query, key, lse, blocks, scale=full.scale, rows=rows)
+        errors[rows] = verify_mass(full, lse, rows, job())
+        jobs["mass", rows] = job
+    return errors
+
+
+def _mass_row(
+    workload: Workload,
+    rows: int | None,
+    seconds: dict[tuple[str, str | int | None], float],
+    error: float,
+) -> MassRow:
+    own, dense = seconds["mass", rows], seconds["dense", "SDPA"]
+    values, tokens = _values(workload), workload.grid.tokens
+    looked_at = tokens if rows is None else -(-tokens // workload.block) * rows
+    return MassRow(
+        **{name: values[name] for name in ("device", "dtype", "heads", "head_dim", "tokens")},
+        block=workload.block,
+        rows=rows,
+        seconds=own,
+        dense_seconds=dense,
+        share_of_dense=own / dense,
+        gflops=2 * workload.head_dim * looked_at * tokens * workload.heads / own / 1e9,
+        max_error=error,
+    )
 
 
 def _row(
     workload: Workload,
     backend: str,
     density: float,
-    seconds: dict[tuple[str, str], float],
+    seconds: dict[tuple[str, str | int | None], float],
+    peak: float | None,
     error: float,
 ) -> Row:
     own, dense = seconds[backend, "sparse"], seconds["dense", "SDPA"]
@@ -155,6 +229,7 @@ def _row(
         sparsity_efficiency=None if full is None else full / own * density,
         gflops=4 * workload.head_dim * pairs / own / 1e9,
         gemm_gflops=2 * _gemm_side(workload.device) ** 3 / seconds["dense", "GEMM"] / 1e9,
+        peak_gflops=peak,
         max_error=error,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.kernels.backend import BACKENDS, Backend
 from dit_sparse.kernels.blocks import WHOLE, BlockIndices
 from dit_sparse.kernels.call import AttentionCall
+from dit_sparse.kernels.sample import sampled_rows
 
 Name = TypeVar("Name")
 
@@ -25,6 +26,9 @@ LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _UNTIMED = ("reference",)
 
 _CALLS, _CALLS_ELSEWHERE = {"cpu": 1}, 10
+
+# Blocks of queries whose mass is looked at.
+_MASS_BLOCKS = 4
 
 # Rows that are looked at, in all heads together; at least so many in each.
 _ROWS, _LEAST_ROWS = 1024, 16
@@ -91,6 +95,38 @@ def exact(call: AttentionCall, head: int, rows: Tensor) -> tuple[Tensor, Tensor]
     logits = call.scale * query[rows.to(query.device)] @ key.T + number.log().to(query)
     logits = logits.masked_fill(~visible.to(query.device), -torch.inf)
     return logits.softmax(-1) @ value, logits.logsumexp(-1)
+
+
+def verify_mass(call: AttentionCall, lse: Tensor, rows: int | None, mass: Tensor) -> float:
+    """The largest error of a block mass on some blocks of queries of each head, relative to the
+    largest mass there.
+
+    Raises:
+        ValueError: the error is larger than rounding can explain.
+    """
+    blocks, errors = call.blocks, []
+    count = min(_MASS_BLOCKS, blocks.query_blocks)
+    for block in torch.linspace(0, blocks.query_blocks - 1, count).long().tolist():
+        tokens = blocks.query_tokens(block)
+        if rows is not None:
+            places = sampled_rows(blocks.query_offsets, rows)[block]
+            tokens = blocks.permutation[places[places >= 0]]
+        for head in range(blocks.heads):
+            query, key = (x[0, :, head].cpu().double() for x in (call.query, call.key))
+            level = lse[0, head].cpu().double()[tokens, None]
+            share = (call.scale * query[tokens] @ key.T - level).exp().sum(0)
+            parts = share[blocks.key_permutation].tensor_split(blocks.key_offsets[1:-1])
+            true = torch.stack([part.sum() for part in parts])
+            errors.append((mass[0, head, block].cpu() - true).abs().max() / true.max())
+    worst = float(torch.stack(errors).max())
+    limit = LARGEST_ERROR[call.query.dtype]
+    if not worst <= limit:  # true of NaN as well
+        raise ValueError(
+            f"the block mass is wrong on this machine: its largest error against float64 is "
+            f"{worst:.1e}, at most {limit:.0e} was expected for {call.query.dtype} at "
+            f"{call.query.shape[1]} tokens, head_dim {call.query.shape[3]}; nothing was timed"
+        )
+    return worst
 
 
 def _visible(blocks: BlockIndices, head: int, rows: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -167,14 +167,14 @@ def bounds_table(found: dict[str, Any]) -> Group:
 
 def bench_table(data: dict[str, Any]) -> Group:
     """A line for each backend on each workload."""
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, padding=0)
     for column in ("backend", "pattern", "dtype"):
         table.add_column(column, no_wrap=True)
     figures = ("tokens", "dim", "density", "ms", "speed-up", "of ideal", "efficiency")
-    for column in (*figures, "GFLOP/s", "GEMM", "error"):
+    for column in (*figures, "GFLOP/s", "GEMM", "peak", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in data["rows"]:
-        efficiency = row["sparsity_efficiency"]
+        peak, efficiency = row["peak_gflops"], row["sparsity_efficiency"]
         table.add_row(
             row["backend"],
             row["pattern"],
@@ -188,6 +188,23 @@ def bench_table(data: dict[str, Any]) -> Group:
             "-" if efficiency is None else f"{efficiency:.2f}",
             f"{row['gflops']:.0f}",
             f"{row['gemm_gflops']:.0f}",
+            "-" if peak is None else f"{peak:.0f}",
+            f"{row['max_error']:.0e}",
+        )
+    masses = Table(box=SIMPLE, padding=0)
+    for column in ("block mass of", "dtype"):
+        masses.add_column(column, no_wrap=True)
+    for column in ("tokens", "dim", "ms", "of dense", "GFLOP/s", "error"):
+        masses.add_column(column, justify="right", no_wrap=True)
+    for row in data["masses"]:
+        masses.add_row(
+            "all rows" if row["rows"] is None else f"{row['rows']} of {row['block']} rows",
+            row["dtype"],
+            str(row["tokens"]),
+            str(row["head_dim"]),
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['share_of_dense']:.3f}",
+            f"{row['gflops']:.0f}",
             f"{row['max_error']:.0e}",
         )
     machine = data["environment"]["machine"]
@@ -195,6 +212,7 @@ def bench_table(data: dict[str, Any]) -> Group:
         f"{machine['processor']}, {data['environment']['threads']} threads"
         + "".join(f", {name}" for name in machine["accelerators"]),
         table,
+        masses,
         "speed-up: over dense SDPA; of ideal: speed-up x density; efficiency: over the same "
         "backend at density 1, x density",
         f"{data['protocol']['timing']}; error: largest against float64",

@@ -184,6 +184,19 @@ def means(call: AttentionCall, center: Tensor, similarity: float) -> tuple[Tenso
     return weight, forced
 
 
+def peak(dtype: torch.dtype) -> float | None:
+    """Multiplies and adds all threads, nothing else, for some milliseconds; how many of both it
+    did, or `None` where `run` would refuse."""
+    made = library(instruction_sets())
+    if isinstance(made, str) or dtype not in _DTYPES:
+        return None
+    call = _Call(threads=torch.get_num_threads(), head_dim=_TILE, parallel=_parallel())
+    done = ctypes.c_double()
+    if made.dit_sparse_peak(ctypes.byref(call), _DTYPES[dtype], ctypes.byref(done)):
+        raise MemoryError("no memory for a thread")
+    return done.value
+
+
 def _side(
     tokens: Tensor, permutation: Tensor, offsets: Tensor, center: Tensor | None
 ) -> tuple[_Side, object]:

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "mass.h"
+#include "peak.h"
 #include "pool.h"
 #include "sampled.h"
 
@@ -165,6 +166,20 @@ struct AddMass {
   }
 };
 
+struct FindPeak {
+  double* operations;
+
+  template <class Mode, class Element>
+  void run(const Call& call) const {
+    const int64_t items = 8 * call.threads;
+    auto item = [&](Scratch<Mode>& scratch, int64_t number) {
+      const double done = burn(scratch);
+      if (number == 0) *operations = done * items;
+    };
+    Crew<Mode>(call, 0).share_out({items}, item);
+  }
+};
+
 // 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 if memory ran out.
 template <class Task>
 static int with_dtype(const Call& call, int dtype, const Task& task) {
@@ -209,4 +224,8 @@ extern "C" int dit_sparse_largest(const Call* call, int dtype, const int64_t* ro
 extern "C" int dit_sparse_means(const Call* call, int dtype, const Side* queries, const Side* keys,
                                 float similarity, float* weight, uint8_t* forced) {
   return with_dtype(*call, dtype, RankMeans{*queries, *keys, similarity, weight, forced});
+}
+
+extern "C" int dit_sparse_peak(const Call* call, int dtype, double* operations) {
+  return with_dtype(*call, dtype, FindPeak{operations});
 }
