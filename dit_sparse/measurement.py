@@ -22,6 +22,9 @@ Name = TypeVar("Name")
 
 LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
+# Of a block mass, at least: it ranks blocks, so exponentials are rounded.
+_MASS_ERROR = 2e-4
+
 # The specification is no candidate: it is timed only when it is asked for.
 _UNTIMED = ("reference",)
 
@@ -119,7 +122,7 @@ def verify_mass(call: AttentionCall, lse: Tensor, rows: int | None, mass: Tensor
             true = torch.stack([part.sum() for part in parts])
             errors.append((mass[0, head, block].cpu() - true).abs().max() / true.max())
     worst = float(torch.stack(errors).max())
-    limit = LARGEST_ERROR[call.query.dtype]
+    limit = max(_MASS_ERROR, LARGEST_ERROR[call.query.dtype])
     if not worst <= limit:  # true of NaN as well
         raise ValueError(
             f"the block mass is wrong on this machine: its largest error against float64 is "

@@ -7,6 +7,9 @@
 // Pieces of memory, asked for a few lines at a time.
 class Ahead {
   static constexpr int MOST = 512, LINE = 64;
+  // Lines at a time that go to the first cache. More would push out what is at work there; asked
+  // for the second one alone, some processors let them go where memory is busy.
+  static constexpr int FEW = 16;
   struct Piece {
     const char *next, *end;
   } pieces[MOST];
@@ -26,10 +29,14 @@ class Ahead {
   // `some` will be called so many times.
   void spread(int64_t calls) { each = (lines + calls - 1) / calls; }
 
-  void some() {
+  void some() { each <= FEW ? ask<3>() : ask<2>(); }
+
+ private:
+  template <int LOCALITY>
+  void ask() {
     for (int64_t left = each; left > 0 && done < count; left--) {
       Piece& piece = pieces[done];
-      __builtin_prefetch(piece.next, 0, 2);
+      __builtin_prefetch(piece.next, 0, LOCALITY);
       piece.next += LINE;
       if (piece.next >= piece.end) done++;
     }

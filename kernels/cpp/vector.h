@@ -90,19 +90,13 @@ INLINE bool any(Bits mask) {
   return found != 0;
 }
 
-// Instructions for the two ends of it that processors with AMX do at full rate, those without at
-// half.
-#if defined(__AMX_BF16__) && defined(__AVX512DQ__)
-#define FAST_SCALE
-#endif
-
-// 2^x, not below 2^-64, by rounding, a polynomial on [-1/2, 1/2] and an addition to the exponent.
+// 2^x, not below 2^-64, by rounding, a polynomial on [-1/2, 1/2] and a factor made of an exponent.
 // The bound keeps products with it out of the subnormal numbers, which take a hundred times as
 // long. ROUGH is for what is rounded to 8 bits afterwards. NaN stays NaN.
 template <bool ROUGH>
 INLINE Vector exp2(Vector x) {
   x = larger(all(-64.f), x);
-#if defined(FAST_SCALE)
+#if defined(__AVX512DQ__)
   const Vector part = (Vector)_mm512_reduce_ps((__m512)x, 0);
 #else
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: integers are its units in the last place
@@ -122,10 +116,10 @@ INLINE Vector exp2(Vector x) {
     y = y * part + all(6.9314718e-1f);
     y = y * part + all(1.f);
   }
-#if defined(FAST_SCALE)
+#if defined(__AVX512DQ__)
   return (Vector)_mm512_scalef_ps((__m512)y, (__m512)(x - part));
 #else
-  return (Vector)((Bits)y + ((Bits)rounded << 23));
+  return y * (Vector)(((Bits)rounded << 23) + 0x3f800000);
 #endif
 }
 

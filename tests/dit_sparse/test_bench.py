@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse import bench as module
 from dit_sparse import bench_command, measurement
-from dit_sparse.bench import Row, bench, calibrate
+from dit_sparse.bench import MassRow, Row, bench, calibrate
 from dit_sparse.cli import main
 from dit_sparse.kernels import gather
 from dit_sparse.kernels.backend import Backend, choose
@@ -23,7 +23,7 @@ from dit_sparse.workload import PRESETS, Workload, grid_of_tokens
 
 ROW = {
     "backend", "device", "dtype", "head_dim", "tokens", "block", "density", "speedup",
-    "fraction_of_ideal", "sparsity_efficiency", "gflops", "gemm_gflops", "max_error",
+    "fraction_of_ideal", "sparsity_efficiency", "gflops", "gemm_gflops", "peak_gflops", "max_error",
 }  # fmt: skip
 SMALL = ("--tokens", 96, "--head-dim", 16, "--block", 16, "--repeats", 1)
 Run = Callable[..., tuple[int, str, str]]
@@ -47,7 +47,8 @@ TABLE = (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of our own, and a GEMM that takes no time."""
+    """A table of our own, and a GEMM and a peak that take no time."""
+    monkeypatch.setattr(module.native, "peak", lambda dtype: 6e9)
     monkeypatch.setattr(measurement, "BACKENDS", TABLE)
     monkeypatch.setattr(module, "_GEMM_SIDE", {"cpu": 32})
 
@@ -76,9 +77,10 @@ def workload(**change: Any) -> Workload:
 def test_figures_agree_by_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {("dense", "SDPA"): 8.0, ("dense", "GEMM"): 0.5}
     seconds |= {("gather", "sparse"): 5.0, ("gather", "full"): 9.0, ("choosy", "sparse"): 2.0}
-    seconds |= {("choosy", "full"): 6.0}
+    seconds |= {("choosy", "full"): 6.0, ("dense", "peak"): 1.5}
+    seconds |= {("mass", 16): 0.25, ("mass", None): 4.0}
 
-    def timed(jobs: dict[tuple[str, str], Callable[[], object]], *_: object) -> dict:
+    def timed(jobs: dict[tuple[str, Any], Callable[[], object]], *_: object) -> dict:
         for job in jobs.values():
             job()
         return {name: seconds[name] for name in jobs}
@@ -92,8 +94,34 @@ def test_figures_agree_by_their_definitions(monkeypatch: pytest.MonkeyPatch) -> 
     assert plain.sparsity_efficiency == pytest.approx(9 / 5 * 0.5)
     assert plain.gflops == pytest.approx(4 * 16 * 0.5 * 96**2 * 2 / 5 / 1e9)
     assert plain.gemm_gflops == pytest.approx(2 * 32**3 / 0.5 / 1e9)
+    assert plain.peak_gflops == pytest.approx(4)
     assert choosy.speedup == 4
     assert 0 < plain.max_error < 2e-5
+
+
+def test_masses_are_weighed_once_for_all_that_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {("mass", 16): 0.25, ("mass", None): 4.0}
+
+    def timed(jobs: dict[tuple[str, Any], Callable[[], object]], *_: object) -> dict:
+        return {name: seconds.get(name, 8.0) for name in jobs}
+
+    monkeypatch.setattr(module, "interleaved", timed)
+    patterns = ({"density": 0.5}, {"density": 1.0}, {"pattern": "band"}, {"block": 32})
+    found = bench([workload(**change) for change in patterns]).masses
+    assert [(mass.block, mass.rows) for mass in found] == [
+        (16, 16), (16, None), (32, 16), (32, None)
+    ]  # fmt: skip
+    sample, every = found[2:]
+    assert (sample.share_of_dense, every.share_of_dense) == (0.25 / 8, 0.5)
+    # Of two heads, blocks of 32 queries and, of each, 16 or all.
+    assert sample.gflops == pytest.approx(2 * 16 * 3 * 16 * 96 * 2 / 0.25 / 1e9)
+    assert every.gflops == pytest.approx(2 * 16 * 96 * 96 * 2 / 4 / 1e9)
+    assert all(0 < mass.max_error < 1e-4 for mass in found)
+
+
+def test_without_a_library_there_is_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.native, "peak", lambda dtype: None)
+    assert all(row.peak_gflops is None for row in bench([workload()], repeats=1).rows)
 
 
 @pytest.mark.parametrize("pattern", ["blocks", "neighborhood", "band"])
@@ -124,6 +152,9 @@ def test_the_command_prints_and_writes_one_json_object(run: Run, tmp_path: Path)
         (dtype, density) for dtype in ("float32", "bfloat16") for density in (1 / 3, 1.0)
     ]
     assert all(row.keys() >= ROW for row in data["rows"])
+    assert [(mass["dtype"], mass["rows"]) for mass in data["masses"]] == [
+        ("float32", 16), ("float32", None), ("bfloat16", 16), ("bfloat16", None)
+    ]  # fmt: skip
     assert data["environment"]["packages"]["torch"]
     assert data["protocol"]["timing"] == "interleaved in one process, median of 1 rounds"
     code, _, err = run(*command)
@@ -137,6 +168,8 @@ def test_the_table_names_what_refuses_once(run: Run) -> None:
     assert code == 0, err
     assert "gather" in printed
     assert "speed-up" in printed
+    assert "16 of 16 rows" in printed
+    assert "…" not in printed
     assert err.count("busy refuses: is busy") == 1
 
 
@@ -149,6 +182,15 @@ def test_a_wrong_backend_stops_the_command(run: Run, monkeypatch: pytest.MonkeyP
         assert (code, printed) == (1, "")
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert "backend 'crooked' is wrong on this machine" in line
+
+
+def test_a_wrong_mass_stops_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module.block_mass
+    monkeypatch.setattr(module, "block_mass", lambda *given, **by: 1.001 * right(*given, **by))
+    monkeypatch.setattr(module, "interleaved", lambda *_: pytest.fail("was timed"))
+    code, printed, err = run(*SMALL, "--json")
+    assert (code, printed) == (1, "")
+    assert "the block mass is wrong on this machine" in err
 
 
 @pytest.mark.parametrize(
@@ -279,3 +321,5 @@ def test_calibrating_takes_every_backend_that_accepts() -> None:
 
 def test_rows_have_the_promised_names() -> None:
     assert set(Row.__dataclass_fields__) >= ROW
+    shared = {"device", "dtype", "head_dim", "tokens", "block", "gflops", "max_error"}
+    assert set(MassRow.__dataclass_fields__) >= shared | {"rows", "share_of_dense"}

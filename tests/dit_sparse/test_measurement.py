@@ -12,7 +12,15 @@ from dit_sparse.kernels import reference
 from dit_sparse.kernels.backend import BACKENDS, Backend
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.grid import TokenGrid
-from dit_sparse.measurement import accepting, candidates, exact, interleaved, verify
+from dit_sparse.kernels.mass import block_mass
+from dit_sparse.measurement import (
+    accepting,
+    candidates,
+    exact,
+    interleaved,
+    verify,
+    verify_mass,
+)
 from dit_sparse.workload import PATTERNS, Workload
 
 CPU = torch.device("cpu")
@@ -49,6 +57,21 @@ def test_exact_attention_is_that_of_the_reference(pattern: str) -> None:
         came, sums = exact(call, head, rows)
         torch.testing.assert_close(came, output[0, rows, head])
         torch.testing.assert_close(sums, lse[0, head, rows])
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+def test_a_mass_is_held_to_its_definition(rows: int | None) -> None:
+    call = Workload(GRID, head_dim=16, block=8, density=1.0).call()
+    _, lse = reference.run(call)
+    mass = block_mass(call.query, call.key, lse, call.blocks, scale=call.scale, rows=rows)
+    assert 0 < verify_mass(call, lse, rows, mass) < 1e-4
+    for head, column in ((1, 3), (0, -1)):
+        wrong = mass.clone()
+        wrong[0, head, -1, column] *= 1.01
+        with pytest.raises(ValueError, match=r"block mass is wrong .* nothing was timed"):
+            verify_mass(call, lse, rows, wrong)
+    with pytest.raises(ValueError, match="block mass is wrong"):
+        verify_mass(call, lse, rows, mass * torch.nan)
 
 
 def scale(output: Tensor, lse: Tensor) -> None:

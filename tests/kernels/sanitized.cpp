@@ -201,5 +201,12 @@ int main() {
       attend<Float16>(shape, 2, 0.0, pv_skip);
       calls += 3;
     }
+  for (int dtype : {0, 1, 2}) {
+    Call call{};
+    call.threads = 2;
+    call.head_dim = TILE;
+    double done = 0;
+    require(!dit_sparse_peak(&call, dtype, &done) && done > 0, "nothing was multiplied");
+  }
   printf("%d calls\n", calls);
 }

@@ -14,6 +14,7 @@ from dit_sparse.kernels import bitmasks, compiler, native
 from dit_sparse.kernels.attention import sparse_attention
 from dit_sparse.kernels.blocks import block_indices, from_block_mask
 from dit_sparse.kernels.grid import TokenGrid
+from dit_sparse.kernels.mass import block_mass
 from dit_sparse.kernels.order import pixel_major
 from dit_sparse.kernels.pattern import AnyOf, Band, Full, Neighborhood, Radial, Sink, Skip
 from dit_sparse.kernels.ranking import Ranking, score_blocks
@@ -220,6 +221,43 @@ def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands(dtype: str):
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
     assert 0 < float(shown) <= 0.1
+
+
+@pytest.mark.parametrize("flags", SETS, ids=lambda flags: flags[-1] if flags else "baseline")
+@pytest.mark.parametrize("payload", [0, 1, 0x1FF])
+def test_what_is_no_number_stays_so_whatever_its_bits(
+    flags: tuple[str, ...], payload: int, operands, monkeypatch: pytest.MonkeyPatch
+):
+    """The low bits of a NaN must not get into an exponent."""
+    monkeypatch.setattr(native, "instruction_sets", lambda: flags)
+    query, key, value = operands(GRID.tokens, 1, 16)
+    query[:, 5, 0, 3] = torch.tensor([0x7FC00000 + payload], dtype=torch.int32).view(torch.float32)
+    blocks = block_indices([Full()], GRID, None, 64, 64)
+    output, lse = sparse_attention(query, key, value, blocks, backend="native")
+    wrong = torch.zeros(GRID.tokens, dtype=torch.bool)
+    wrong[5] = True
+    assert torch.equal(lse[0, 0].isnan(), wrong)
+    assert torch.equal(output[0, :, 0].isnan().all(-1), wrong)
+    known = lse.nan_to_num()
+    assert block_mass(query, key, known, blocks, rows=None)[:, :, 0].isnan().all()
+
+
+def test_a_peak_counts_what_all_threads_did(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    try:
+        done = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            done.append([native.peak(dtype) for dtype in (torch.float32, torch.bfloat16)])
+    finally:
+        torch.set_num_threads(before)
+    (alone, alone_half), (together, together_half) = done
+    assert alone >= 1e8  # for some milliseconds, on any processor
+    assert alone_half >= alone  # two or more of a half word at a time
+    assert (together, together_half) == (3 * alone, 3 * alone_half)
+    assert native.peak(torch.float64) is None
+    monkeypatch.setattr(native, "library", lambda flags: "needs a C++ compiler")
+    assert native.peak(torch.float32) is None
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):
