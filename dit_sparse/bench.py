@@ -152,10 +152,11 @@ def bench(
         operations = native.peak(call.query.dtype) if workload.device == "cpu" else None
         if operations is not None:
             jobs["dense", "peak"] = partial(native.peak, call.query.dtype)
-        # A mass is that of the tokens, whatever else is listed.
+        # All pairs of blocks are weighed, whatever is listed.
+        weighable = replace(workload.dense(), pattern="blocks")
         masses: dict[int | None, float] = {}
-        if workload.dense() not in weighed:
-            weighed.add(workload.dense())
+        if weighable not in weighed:
+            weighed.add(weighable)
             masses = _add_masses(full, jobs)
         for backend in accepted:
             jobs[backend.name, "sparse"] = partial(backend.run, call)

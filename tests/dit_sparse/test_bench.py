@@ -23,7 +23,8 @@ from dit_sparse.workload import PRESETS, Workload, grid_of_tokens
 
 ROW = {
     "backend", "device", "dtype", "head_dim", "tokens", "block", "density", "speedup",
-    "fraction_of_ideal", "sparsity_efficiency", "gflops", "gemm_gflops", "peak_gflops", "max_error",
+    "fraction_of_ideal", "sparsity_efficiency", "gflops", "gemm_gflops", "peak_gflops",
+    "max_error",
 }  # fmt: skip
 SMALL = ("--tokens", 96, "--head-dim", 16, "--block", 16, "--repeats", 1)
 Run = Callable[..., tuple[int, str, str]]
