@@ -229,6 +229,25 @@ def test_hunyuanvideo_at_720p_needs_a_tenth_of_its_operands(dtype: str):
 
 
 @pytest.mark.parametrize("flags", SETS, ids=lambda flags: flags[-1] if flags else "baseline")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-4), (torch.float16, 5e-5)])
+def test_outputs_are_rounded_not_cut_off(
+    flags: tuple[str, ...], dtype: torch.dtype, bound: float, operands, masked_attention,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Cut off, they would be too small by a third of their last place on average."""
+    monkeypatch.setattr(native, "instruction_sets", lambda: flags)
+    query, key, value = operands(GRID.tokens, 2, 24, dtype=dtype)
+    everything = torch.ones(2, 2, GRID.tokens, GRID.tokens, dtype=torch.bool)
+    for sample, valid in enumerate(GRID.valid_text or ()):
+        everything[sample, :, :, GRID.invalid_text(valid)] = False
+    expected, _ = masked_attention(query, key, value, everything)
+    blocks = block_indices([Full()] * 2, GRID, None, 64, 64)
+    output, _ = sparse_attention(query, key, value, blocks, backend="native")
+    size = expected.abs().sum()
+    assert abs(output.double().abs().sum() - size) <= bound * size
+
+
+@pytest.mark.parametrize("flags", SETS, ids=lambda flags: flags[-1] if flags else "baseline")
 @pytest.mark.parametrize("payload", [0, 1, 0x1FF])
 def test_what_is_no_number_stays_so_whatever_its_bits(
     flags: tuple[str, ...], payload: int, operands, monkeypatch: pytest.MonkeyPatch
