@@ -9,6 +9,14 @@
 constexpr float LEAST = 1e-17f;  // factor of scores: as good as none, and HIDDEN stays so
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
+// The rows of an operand for one pair, where no store can be thought to change what is known.
+template <class Element>
+struct Rows {
+  const Element* first;
+  int64_t stride;
+  const Element* at(int64_t token) const { return first + token * stride; }
+};
+
 template <class Mode, class Element>
 struct Reader {
   const Call& call;
@@ -31,10 +39,11 @@ struct Reader {
 
   int words() const { return (call.head_dim + Mode::PACKED - 1) / Mode::PACKED; }
 
-  const Element* at(const Operand& operand, int64_t token) const {
-    return (const Element*)operand.data + sample * operand.batch + token * operand.token +
-           head * operand.head;
+  Rows<Element> rows(const Operand& operand) const {
+    const int64_t first = sample * operand.batch + head * operand.head;
+    return {(const Element*)operand.data + first, operand.token};
   }
+  const Element* at(const Operand& operand, int64_t token) const { return rows(operand).at(token); }
 
   // The next LANES words of a row of `left` elements, then zeros.
   Vector words(const Element* from, int64_t left) const {
@@ -48,17 +57,18 @@ struct Reader {
   // The queries of `count` tokens (-1: none) as columns.
   void queries(Tile& tile, const int64_t* tokens, int count) {
     const Vector signs = (Vector)((Bits){} + (int32_t)(sign | (uint32_t)sign << 16));
+    const Rows<Element> own = rows(call.query);
     for (int i = 0; i < TILE; i += LANES) {
-      const Element* rows[LANES];
+      const Element* row[LANES];
       for (int lane = 0; lane < LANES; lane++) {
         const int64_t token = i + lane < count ? tokens[i + lane] : -1;
-        rows[lane] = token < 0 ? nullptr : at(call.query, token);
+        row[lane] = token < 0 ? nullptr : own.at(token);
       }
       for (int d = 0; d < scratch.depth; d += LANES) {
         const int done = d * Mode::PACKED;
         Vector part[LANES];
         for (int lane = 0; lane < LANES; lane++) {
-          part[lane] = rows[lane] ? words(rows[lane] + done, call.head_dim - done) : all(0.f);
+          part[lane] = row[lane] ? words(row[lane] + done, call.head_dim - done) : all(0.f);
           if (Mode::PACKED == 2)
             part[lane] = (Vector)((Bits)part[lane] ^ (Bits)signs);
           else
@@ -79,17 +89,17 @@ struct Reader {
   }
 
   // The mean of so many tokens, as `words` words that end in zeros.
-  void read(const Operand& operand, const int64_t* tokens, int64_t count, float* to, int words) {
-    if (count == 1) return copy(at(operand, tokens[0]), to, words);
+  void read(const Rows<Element>& from, const int64_t* tokens, int64_t count, float* to, int words) {
+    if (count == 1) return copy(from.at(tokens[0]), to, words);
     memset(to, 0, words * sizeof(float));
-    if (count > 1) mean(operand, tokens, count, to);
+    if (count > 1) mean(from, tokens, count, to);
   }
 
-  void mean(const Operand& operand, const int64_t* tokens, int64_t count, float* to) {
+  void mean(const Rows<Element>& from, const int64_t* tokens, int64_t count, float* to) {
     float* sum = Mode::PACKED == 2 ? scratch.rows : to;
     for (int d = 0; d < call.head_dim; d++) sum[d] = 0.f;
     for (int64_t i = 0; i < count; i++) {
-      const Element* next = at(operand, tokens[i]);
+      const Element* next = from.at(tokens[i]);
       for (int d = 0; d < call.head_dim; d++) sum[d] += widened(next[d]);
     }
     for (int d = 0; d < call.head_dim; d++) sum[d] /= count;

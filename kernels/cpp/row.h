@@ -134,15 +134,14 @@ struct Row : Reader<Mode, Element> {
     if (!later.over()) lay_ahead(later, *this);
     if (walk.end - walk.entry <= 2) {
       const Reader<Mode, Element> next(call, scratch, next_row / call.query_blocks);
-      auto add = [&](const Reader<Mode, Element>& of, const Operand& operand, int64_t number) {
+      auto add = [&](const Rows<Element>& rows, int64_t number) {
         const int64_t at = call.query_offsets[number] + after;
-        if (at < call.query_offsets[number + 1])
-          ahead.add(of.at(operand, call.permutation[at]), call.head_dim * sizeof(Element));
+        const int64_t left = call.query_offsets[number + 1] - at;
+        ask_for(rows, call.permutation + at, std::min<int64_t>(left, PIECE / 2));
       };
-      for (int i = 0; i < PIECE / 2; i++, after++) {
-        add(*this, call.output, block);
-        add(next, call.query, next_row % call.query_blocks);
-      }
+      add(this->rows(call.output), block);
+      add(next.rows(call.query), next_row % call.query_blocks);
+      after += PIECE / 2;
       const Walk start(call, next_row);
       if (later.over() && !start.over()) lay_ahead(start, next);
     }
@@ -164,11 +163,13 @@ struct Row : Reader<Mode, Element> {
     const int64_t start = from + ((int64_t)later.spot.part * PIECE << level);
     const int64_t end = std::min(start + ((int64_t)later.keys() << level),
                                  call.key_offsets[later.spot.block + 1]);
-    for (int64_t position = start; position < end; position++) {
-      const int64_t token = call.key_permutation[position];
-      ahead.add(of.at(call.key, token), call.head_dim * sizeof(Element));
-      ahead.add(of.at(call.value, token), call.head_dim * sizeof(Element));
-    }
+    ask_for(of.rows(call.key), call.key_permutation + start, end - start);
+    ask_for(of.rows(call.value), call.key_permutation + start, end - start);
+  }
+
+  void ask_for(Rows<Element> rows, const int64_t* tokens, int64_t count) {
+    const int64_t bytes = call.head_dim * sizeof(Element);
+    for (int64_t i = 0; i < count; i++) ahead.add(rows.at(tokens[i]), bytes);
   }
 
   // Scores of a panel, from query `q` of the tile, to weights; what was summed up before is scaled
@@ -288,6 +289,9 @@ struct Row : Reader<Mode, Element> {
       const Bits empty = (largest == all(LOWEST)) & (total < all(1.f));
       const Vector inverse = all(1.f) / total;
       const int count = std::min(LANES, tile.count - i);
+      Element* rows[LANES];
+      for (int lane = 0; lane < count; lane++)
+        rows[lane] = (Element*)this->at(call.output, tile.tokens[i + lane]);
       for (int d = 0; d < call.head_dim; d += LANES) {
         Vector part[LANES];
         for (int row = 0; row < LANES; row++) {
@@ -295,10 +299,8 @@ struct Row : Reader<Mode, Element> {
           part[row] = where(empty, all(0.f), sum * inverse);
         }
         transpose(part);
-        for (int lane = 0; lane < count; lane++) {
-          Element* to = (Element*)this->at(call.output, tile.tokens[i + lane]);
-          narrow(part[lane], to + d, call.head_dim - d);
-        }
+        for (int lane = 0; lane < count; lane++)
+          narrow(part[lane], rows[lane] + d, call.head_dim - d);
       }
       for (int lane = 0; lane < count; lane++)
         call.lse[pair * call.queries + tile.tokens[i + lane]] =

@@ -90,6 +90,7 @@ struct Layout : Reader<Mode, Element> {
     float* values = keys + (int64_t)padded(count, GROUP) * scratch.depth;
     float* bias = values + value_words<Mode>(count, scratch.width);
     Piece piece{keys, values, bias, spot.level > 0};
+    const Rows<Element> all_keys = this->rows(call.key), all_values = this->rows(call.value);
     const Element* woven[GROUP];
     for (int key = 0; key < padded(count, GROUP); key++, keys += scratch.depth) {
       const int64_t stop = std::min(at + run, end);
@@ -101,11 +102,11 @@ struct Layout : Reader<Mode, Element> {
       const int row = key % GROUP;
       float* value = Mode::PACKED == 2 ? scratch.values + row * scratch.width
                                        : values + (int64_t)key * scratch.width;
-      this->read(call.key, seen, shown, keys, scratch.depth);
+      this->read(all_keys, seen, shown, keys, scratch.depth);
       if (shown == 1 && Mode::PACKED == 2 && call.head_dim == scratch.width) {
-        woven[row] = this->at(call.value, seen[0]);  // weaving needs no copy of whole vectors
+        woven[row] = all_values.at(seen[0]);  // weaving needs no copy of whole vectors
       } else {
-        this->read(call.value, seen, shown, value, scratch.width / Mode::PACKED);
+        this->read(all_values, seen, shown, value, scratch.width / Mode::PACKED);
         woven[row] = (const Element*)value;
       }
       if (key < count) {
