@@ -77,15 +77,8 @@ def verify(backend: Backend, call: AttentionCall) -> float:
             (lse[0, head, rows], true_lse, true_lse.abs().clamp_min(1)),
         ):
             errors.append(((came.double() - true).abs() / scale).max())
-    worst = float(torch.stack(errors).max())
     limit = LARGEST_ERROR[call.query.dtype]
-    if not worst <= limit:  # true of NaN as well
-        raise ValueError(
-            f"backend {backend.name!r} is wrong on this machine: its largest error against "
-            f"float64 is {worst:.1e}, at most {limit:.0e} was expected for {call.query.dtype} "
-            f"at {call.query.shape[1]} tokens, head_dim {call.query.shape[3]}; nothing was timed"
-        )
-    return worst
+    return _held(errors, limit, f"backend {backend.name!r}", call)
 
 
 def exact(call: AttentionCall, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,12 +114,16 @@ def verify_mass(call: AttentionCall, lse: Tensor, rows: int | None, mass: Tensor
             parts = share[blocks.key_permutation].tensor_split(blocks.key_offsets[1:-1])
             true = torch.stack([part.sum() for part in parts])
             errors.append((mass[0, head, block].cpu() - true).abs().max() / true.max())
-    worst = float(torch.stack(errors).max())
     limit = max(_MASS_ERROR, LARGEST_ERROR[call.query.dtype])
+    return _held(errors, limit, "the block mass", call)
+
+
+def _held(errors: Sequence[Tensor], limit: float, what: str, call: AttentionCall) -> float:
+    worst = float(torch.stack(list(errors)).max())
     if not worst <= limit:  # true of NaN as well
         raise ValueError(
-            f"the block mass is wrong on this machine: its largest error against float64 is "
-            f"{worst:.1e}, at most {limit:.0e} was expected for {call.query.dtype} at "
+            f"{what} is wrong on this machine: its largest error against float64 is {worst:.1e}, "
+            f"at most {limit:.0e} was expected for {call.query.dtype} at "
             f"{call.query.shape[1]} tokens, head_dim {call.query.shape[3]}; nothing was timed"
         )
     return worst
