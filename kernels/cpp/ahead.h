@@ -26,6 +26,12 @@ class Ahead {
     lines += (bytes + LINE - 1) / LINE;
   }
 
+  // So many bytes of each of these rows.
+  template <class Rows>
+  void add(const Rows& rows, const int64_t* tokens, int64_t count, int64_t bytes) {
+    for (int64_t i = 0; i < count; i++) add(rows.at(tokens[i]), bytes);
+  }
+
   // `some` will be called so many times.
   void spread(int64_t calls) { each = (lines + calls - 1) / calls; }
 

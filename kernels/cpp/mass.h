@@ -39,14 +39,16 @@ struct Mass : Reader<Mode, Element> {
   void step(int tiles, int64_t first, int count) {
     const uint8_t* hidden = call.hidden ? call.hidden + sample * call.keys : nullptr;
     int keys = 0;
+    const int64_t next = first + count, left = call.keys - next;
     ahead.clear();
-    for (int64_t i = first + count; i < std::min(first + count + STEP, call.keys); i++)
-      ahead.add(this->at(call.key, call.key_permutation[i]), call.head_dim * sizeof(Element));
+    ahead.add(this->rows(call.key), call.key_permutation + next, std::min<int64_t>(left, STEP),
+              this->bytes());
     ahead.spread(tiles * (TILE / Mode::PANEL) * besides<Mode>(STEP));
     for (int i = 0; i < count; i++) {
       const int64_t token = call.key_permutation[first + i];
       if (hidden && hidden[token]) continue;
-      this->copy(this->at(call.key, token), scratch.keys + (int64_t)keys++ * scratch.depth, scratch.depth);
+      this->copy(this->at(call.key, token), scratch.keys + (int64_t)keys++ * scratch.depth,
+                 scratch.depth);
     }
     for (int i = 0; i < tiles; i++) {
       Tile& tile = *scratch.tiles[i];

@@ -39,6 +39,8 @@ struct Reader {
 
   int words() const { return (call.head_dim + Mode::PACKED - 1) / Mode::PACKED; }
 
+  int64_t bytes() const { return call.head_dim * sizeof(Element); }  // of a row
+
   Rows<Element> rows(const Operand& operand) const {
     const int64_t first = sample * operand.batch + head * operand.head;
     return {(const Element*)operand.data + first, operand.token};

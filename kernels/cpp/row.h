@@ -137,7 +137,7 @@ struct Row : Reader<Mode, Element> {
       auto add = [&](const Rows<Element>& rows, int64_t number) {
         const int64_t at = call.query_offsets[number] + after;
         const int64_t left = call.query_offsets[number + 1] - at;
-        ask_for(rows, call.permutation + at, std::min<int64_t>(left, PIECE / 2));
+        ahead.add(rows, call.permutation + at, std::min<int64_t>(left, PIECE / 2), this->bytes());
       };
       add(this->rows(call.output), block);
       add(next.rows(call.query), next_row % call.query_blocks);
@@ -163,13 +163,9 @@ struct Row : Reader<Mode, Element> {
     const int64_t start = from + ((int64_t)later.spot.part * PIECE << level);
     const int64_t end = std::min(start + ((int64_t)later.keys() << level),
                                  call.key_offsets[later.spot.block + 1]);
-    ask_for(of.rows(call.key), call.key_permutation + start, end - start);
-    ask_for(of.rows(call.value), call.key_permutation + start, end - start);
-  }
-
-  void ask_for(Rows<Element> rows, const int64_t* tokens, int64_t count) {
-    const int64_t bytes = call.head_dim * sizeof(Element);
-    for (int64_t i = 0; i < count; i++) ahead.add(rows.at(tokens[i]), bytes);
+    const int64_t* tokens = call.key_permutation + start;
+    ahead.add(of.rows(call.key), tokens, end - start, this->bytes());
+    ahead.add(of.rows(call.value), tokens, end - start, this->bytes());
   }
 
   // Scores of a panel, from query `q` of the tile, to weights; what was summed up before is scaled

@@ -12,6 +12,7 @@
 
 constexpr int SLOTS = 64;  // places of an axis whose windows are remembered for a tile
 constexpr int PIECE = 128;  // keys
+constexpr int ROWS = 4;     // of float32, that means are made in
 
 // Keys that are laid out together.
 template <class Mode>
@@ -56,7 +57,7 @@ struct Scratch {
         width(padded(head_dim, Mode::PAD)),
         tiles((block_q + TILE - 1) / TILE) {
     const size_t words = (size_t)STEP * depth + (size_t)GROUP<Mode> * width + 2 * STEP * TILE +
-                         (size_t)TILE * width + (size_t)(depth + width) * TILE * tiles.size() +
+                         (size_t)ROWS * width + (size_t)(depth + width) * TILE * tiles.size() +
                          piece_words<Mode>(PIECE, depth, width) + (size_t)more;
     memory.reset((float*)aligned_alloc(64, words * sizeof(float)));
     if (!memory) throw std::bad_alloc();
@@ -67,7 +68,7 @@ struct Scratch {
     values = take((size_t)GROUP<Mode> * width);
     scores = take(STEP * TILE);
     weights = take(STEP * TILE);
-    rows = take((size_t)TILE * width);
+    rows = take((size_t)ROWS * width);
     own = take(piece_words<Mode>(PIECE, depth, width));
     found = take((size_t)more);
     for (auto& tile : tiles) {

@@ -140,13 +140,6 @@ INLINE void transpose(Vector (&rows)[LANES]) {
   }
 }
 
-INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Vector rows[LANES];
-  for (int i = 0; i < LANES; i++) memcpy(&rows[i], from + i * from_stride, sizeof(Vector));
-  transpose(rows);
-  for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &rows[i], sizeof(Vector));
-}
-
 typedef uint16_t Half;  // bits of a bfloat16 or float16
 
 INLINE float widened(float x) { return x; }

@@ -13,10 +13,12 @@ static thread_local uint8_t emulated[8][16][64];
 
 static inline void emulated_zero(int tile) { memset(emulated[tile], 0, sizeof *emulated); }
 static inline void emulated_load(int tile, const void* from, int64_t stride) {
-  for (int row = 0; row < 16; row++) memcpy(emulated[tile][row], (const char*)from + row * stride, 64);
+  for (int row = 0; row < 16; row++)
+    memcpy(emulated[tile][row], (const char*)from + row * stride, 64);
 }
 static inline void emulated_store(int tile, void* to, int64_t stride) {
-  for (int row = 0; row < 16; row++) memcpy((char*)to + row * stride, emulated[tile][row], 64);
+  for (int row = 0; row < 16; row++)
+    memcpy((char*)to + row * stride, emulated[tile][row], 64);
 }
 static inline float emulated_widened(uint16_t half) {
   const uint32_t bits = (uint32_t)half << 16;
@@ -32,8 +34,10 @@ static inline void emulated_multiply(int sums, int a, int b) {
   for (int m = 0; m < 16; m++)
     for (int k = 0; k < 16; k++)
       for (int n = 0; n < 16; n++)
-        for (int half = 0; half < 2; half++)
-          to[m][n] += emulated_widened(left[m][2 * k + half]) * emulated_widened(right[k][2 * n + half]);
+        for (int half = 0; half < 2; half++) {
+          const float x = emulated_widened(left[m][2 * k + half]);
+          to[m][n] += x * emulated_widened(right[k][2 * n + half]);
+        }
 }
 
 #undef _tile_loadconfig
