@@ -199,6 +199,7 @@ INLINE void narrow(Vector x, Element* to) {
   store(lanes, x);
   for (int i = 0; i < LANES; i++) narrow(lanes[i], to[i]);
 }
+INLINE void narrow(Vector x, float* to) { memcpy(to, &x, sizeof x); }
 // Compilers do not find it.
 INLINE void narrow(Vector x, Bfloat* to) {
   typedef Half Halves __attribute__((vector_size(2 * LANES)));
@@ -208,15 +209,21 @@ INLINE void narrow(Vector x, Bfloat* to) {
   memcpy(to, &halves, sizeof halves);
 }
 
+// LANES elements.
+template <class Element>
+INLINE Vector widened(const Element* from) {
+  alignas(64) float lanes[LANES];
+  for (int i = 0; i < LANES; i++) lanes[i] = widened(from[i]);
+  return load(lanes);
+}
+INLINE Vector widened(const float* from) { return load_anywhere(from); }
 // The next LANES of `left` elements, then zeros.
 template <class Element>
 INLINE Vector widened(const Element* from, int64_t left) {
-  alignas(64) float lanes[LANES] = {};
-  if (left >= LANES)
-    for (int i = 0; i < LANES; i++) lanes[i] = widened(from[i]);
-  else
-    for (int i = 0; i < left; i++) lanes[i] = widened(from[i]);
-  return load(lanes);
+  if (left >= LANES) return widened(from);
+  Vector lanes = {};
+  for (int i = 0; i < left; i++) lanes[i] = widened(from[i]);
+  return lanes;
 }
 // As many of them as are left.
 template <class Element>
