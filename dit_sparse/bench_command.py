@@ -11,6 +11,8 @@ from dit_sparse.options import JsonOption, OverwriteOption
 from dit_sparse.terminal import output, progress, say
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from dit_sparse.workload import Workload
 
 _DENSITIES, _CALIBRATED_DENSITIES = (0.25,), (0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -62,7 +64,10 @@ def bench(
         bool, typer.Option("--static", help="Count what the GPU kernels compile to; no GPU.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the JSON object here.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the JSON object here, and its table beside it as .md."
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
     json_output: JsonOption = False,
@@ -75,8 +80,8 @@ def bench(
         return
     if tokens and preset:
         raise typer.BadParameter("give either --tokens or --preset")
-    if out is not None and out.exists() and not overwrite:
-        raise ValueError(f"{out} is there already; choose another --out or give --overwrite")
+    if out is not None:
+        _check(out, overwrite)
     workloads = _workloads(
         device or [_default_device()],
         _grids(tokens or (_CALIBRATED_TOKENS if calibrate else _TOKENS), preset, head_dim, heads),
@@ -89,18 +94,41 @@ def bench(
     data, table = run(workloads, backend or (), repeats)
     if out is not None:
         from dit_sparse.bench import write_bench
+        from dit_sparse.video import replacing
 
         write_bench(out, data)
-        say(f"wrote {out}")
+        with replacing(page_of(out)) as partial:
+            partial.write_text(bench_page(out, table))
+        say(f"wrote {out} and {page_of(out).name}")
     if json_output:
         print(json.dumps(data))
     else:
         output().print(table)
 
 
+def page_of(out: Path) -> Path:
+    """Where the table of a result is written."""
+    return out.with_suffix(".md")
+
+
+def bench_page(out: Path, table: "Group") -> str:
+    """The table of the result in `out`, as Markdown."""
+    from dit_sparse.markdown import page
+
+    return page(out.stem, [f"All figures: [{out.name}]({out.name}).", *table.renderables])
+
+
+def _check(out: Path, overwrite: bool) -> None:
+    if page_of(out) == out:
+        raise typer.BadParameter(f"--out names the JSON file, beside which its table is {out}")
+    for path in (out, page_of(out)):
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} is there already; choose another --out or give --overwrite")
+
+
 def _bench(
     workloads: "list[Workload]", backends: Sequence[str], repeats: int
-) -> tuple[dict[str, Any], Any]:
+) -> "tuple[dict[str, Any], Group]":
     from dit_sparse.bench import bench as run
     from dit_sparse.tables import bench_table
 
@@ -114,7 +142,7 @@ def _bench(
 
 def _calibrate(
     workloads: "list[Workload]", backends: Sequence[str], repeats: int
-) -> tuple[dict[str, Any], Any]:
+) -> "tuple[dict[str, Any], Group]":
     import torch
 
     from dit_sparse.bench import calibrate as run

@@ -170,7 +170,7 @@ def bench_table(data: dict[str, Any]) -> Group:
     table = Table(box=SIMPLE, padding=0)
     for column in ("backend", "pattern", "dtype"):
         table.add_column(column, no_wrap=True)
-    figures = ("tokens", "dim", "density", "ms", "speed-up", "of ideal", "efficiency")
+    figures = ("tokens", "heads", "dim", "density", "ms", "speed-up", "of ideal", "efficiency")
     for column in (*figures, "GFLOP/s", "GEMM", "peak", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in data["rows"]:
@@ -180,6 +180,7 @@ def bench_table(data: dict[str, Any]) -> Group:
             row["pattern"],
             row["dtype"],
             str(row["tokens"]),
+            str(row["heads"]),
             str(row["head_dim"]),
             f"{row['density']:.3f}",
             f"{1e3 * row['seconds']:.2f}",
@@ -194,25 +195,24 @@ def bench_table(data: dict[str, Any]) -> Group:
     masses = Table(box=SIMPLE, padding=0)
     for column in ("block mass of", "dtype"):
         masses.add_column(column, no_wrap=True)
-    for column in ("tokens", "dim", "ms", "of dense", "GFLOP/s", "error"):
+    for column in ("tokens", "heads", "dim", "ms", "of dense", "GFLOP/s", "error"):
         masses.add_column(column, justify="right", no_wrap=True)
     for row in data["masses"]:
         masses.add_row(
             "all rows" if row["rows"] is None else f"{row['rows']} of {row['block']} rows",
             row["dtype"],
             str(row["tokens"]),
+            str(row["heads"]),
             str(row["head_dim"]),
             f"{1e3 * row['seconds']:.2f}",
             f"{row['share_of_dense']:.3f}",
             f"{row['gflops']:.0f}",
             f"{row['max_error']:.0e}",
         )
-    machine = data["environment"]["machine"]
     return Group(
-        f"{machine['processor']}, {data['environment']['threads']} threads"
-        + "".join(f", {name}" for name in machine["accelerators"]),
+        *_conditions(data["environment"]),
         table,
-        masses,
+        *([masses] if data["masses"] else []),
         "speed-up: over dense SDPA; of ideal: speed-up x density; efficiency: over the same "
         "backend at density 1, x density",
         f"{data['protocol']['timing']}; error: largest against float64",
@@ -239,6 +239,7 @@ def calibration_table(data: dict[str, Any]) -> Group:
     devices = ", ".join(dict.fromkeys(row["device"] for row in data["costs"]))
     return Group(
         devices,
+        *_conditions(data["environment"]),
         table,
         "costs in us, fitted by relative error: of blocks of 128 x 128 tokens, pooled ones of "
         "128 x 128 means",
@@ -265,6 +266,15 @@ def environment_table(values: dict[str, Any]) -> Group:
         table.add_row(row["backend"], row["device"], row["dtype"], verdict)
     states = [f"calibration of {name}: {state}" for name, state in values["calibration"].items()]
     return Group(*lines, table, *states)
+
+
+def _conditions(environment: dict[str, Any]) -> tuple[str, str]:
+    """What figures were measured on, and with what."""
+    machine, packages = environment["machine"], environment["packages"]
+    names = [machine["processor"], f"{environment['threads']} threads"]
+    names += [environment["cpu_capability"], *machine["accelerators"]]
+    versions = [f"{name} {packages[name]}" for name in ("torch", "triton", "dit-sparse")]
+    return ", ".join(names), ", ".join((*versions, f"revision {environment['revision']}"))
 
 
 def _cell(head: "HeadSummary") -> str:

@@ -1,4 +1,4 @@
-"""README.md says nothing that is not so: commands parse, Python resolves, links lead somewhere."""
+"""Pages for readers say nothing that is not so: commands parse, Python resolves, links lead somewhere."""
 
 import ast
 import importlib
@@ -13,10 +13,8 @@ from typer.main import get_command
 from dit_sparse.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "samples/README.md")
-    if (ROOT / name).is_file()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] + [
+    ROOT / folder / "README.md" for folder in ("kernels", "pipelines", "search", "samples")
 ]
 TEXT = {page: page.read_text() for page in PAGES}
 
@@ -34,7 +32,7 @@ def commands() -> list[tuple[str, str]]:
         for line in text.replace("\\\n", " ").splitlines():
             bare = line.strip().removeprefix("$ ").split("#")[0].strip()
             if re.match(r"(\.venv/bin/)?dit-sparse \w|make \w", bare):
-                found.append((page.name, bare))
+                found.append((str(page.relative_to(ROOT)), bare))
     return found
 
 
@@ -60,7 +58,7 @@ def test_command_exists_with_its_options(page: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("page", "code"),
     [
-        (page.name, code)
+        (str(page.relative_to(ROOT)), code)
         for page, text in TEXT.items()
         for language, code in blocks(text)
         if language in ("python", "py")
@@ -77,7 +75,7 @@ def test_python_parses_and_its_names_resolve(page: str, code: str) -> None:
             assert hasattr(importlib.import_module("dit_sparse"), node.attr), node.attr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXT[page])
     local = [target for target in targets if not re.match(r"\w+:", target)]

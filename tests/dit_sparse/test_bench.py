@@ -13,14 +13,17 @@ from torch import Tensor
 from dit_sparse import bench as module
 from dit_sparse import bench_command, measurement
 from dit_sparse.bench import MassRow, Row, bench, calibrate
+from dit_sparse.bench_command import bench_page, page_of
 from dit_sparse.cli import main
 from dit_sparse.kernels import gather
 from dit_sparse.kernels.backend import Backend, choose
 from dit_sparse.kernels.calibration import calibration_for, path_of, read
 from dit_sparse.kernels.call import AttentionCall
 from dit_sparse.kernels.stage import STAGES
+from dit_sparse.tables import bench_table
 from dit_sparse.workload import PRESETS, Workload, grid_of_tokens
 
+PAGES = Path(__file__).parents[2] / "kernels" / "bench"
 ROW = {
     "backend", "device", "dtype", "head_dim", "tokens", "block", "density", "speedup",
     "fraction_of_ideal", "sparsity_efficiency", "gflops", "gemm_gflops", "peak_gflops",
@@ -158,10 +161,32 @@ def test_the_command_prints_and_writes_one_json_object(run: Run, tmp_path: Path)
     ]  # fmt: skip
     assert data["environment"]["packages"]["torch"]
     assert data["protocol"]["timing"] == "interleaved in one process, median of 1 rounds"
-    code, _, err = run(*command)
-    assert code == 1
-    assert "bench.json is there already; choose another --out or give --overwrite" in err
+    assert out.with_suffix(".md").read_text() == bench_page(out, bench_table(data))
+    for there, gone in ((out, None), (out.with_suffix(".md"), out)):
+        if gone is not None:
+            gone.unlink()
+        code, _, err = run(*command)
+        assert code == 1
+        assert f"{there.name} is there already; choose another --out or give --overwrite" in err
     assert run(*command, "--overwrite")[0] == 0
+
+
+def test_a_page_says_what_was_measured_where() -> None:
+    data = json.loads((PAGES / "epyc-avx2.json").read_text())
+    head, *_, body = bench_page(PAGES / "epyc-avx2.json", bench_table(data)).split("| ---", 1)
+    for told in ("AMD EPYC, 2 threads, AVX2", f"revision {data['environment']['revision']}"):
+        assert told in head
+    for row in data["rows"]:
+        figures = f"{row['density']:.3f} | {1e3 * row['seconds']:.2f} | {row['speedup']:.2f}"
+        assert f"| float32 | 8192 | 2 | {row['head_dim']} | {figures} |" in body
+
+
+@pytest.mark.parametrize("result", sorted(PAGES.glob("*.json")), ids=lambda path: path.stem)
+def test_pages_of_kept_results_are_theirs(result: Path) -> None:
+    data = json.loads(result.read_text())
+    assert page_of(result).read_text() == bench_page(result, bench_table(data)), (
+        "write it anew: dit-sparse bench --out, or bench_page of the result"
+    )
 
 
 def test_the_table_names_what_refuses_once(run: Run) -> None:
@@ -233,6 +258,7 @@ def test_an_unknown_preset_lists_the_known_ones(run: Run) -> None:
         ("--repeats", "0"),
         ("--tokens", "96", "--preset", "cogvideox"),
         ("--threads", "2"),
+        ("--out", "bench.md"),
     ],
     ids=" ".join,
 )
