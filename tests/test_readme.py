@@ -1,4 +1,4 @@
-"""Pages for readers say nothing that is not so: commands parse, Python resolves, links lead somewhere."""
+"""Pages say nothing that is not so: commands parse, Python resolves, links lead somewhere."""
 
 import ast
 import importlib
