@@ -102,15 +102,16 @@ def verify_mass(call: AttentionCall, lse: Tensor, rows: int | None, mass: Tensor
     """
     blocks, errors = call.blocks, []
     count = min(_MASS_BLOCKS, blocks.query_blocks)
-    for block in torch.linspace(0, blocks.query_blocks - 1, count).long().tolist():
-        tokens = blocks.query_tokens(block)
-        if rows is not None:
-            places = sampled_rows(blocks.query_offsets, rows)[block]
-            tokens = blocks.permutation[places[places >= 0]]
-        for head in range(blocks.heads):
-            query, key = (x[0, :, head].cpu().double() for x in (call.query, call.key))
-            level = lse[0, head].cpu().double()[tokens, None]
-            share = (call.scale * query[tokens] @ key.T - level).exp().sum(0)
+    looked_at = torch.linspace(0, blocks.query_blocks - 1, count).long().tolist()
+    places = None if rows is None else sampled_rows(blocks.query_offsets, rows)
+    for head in range(blocks.heads):
+        query, key = (x[0, :, head].cpu().double() for x in (call.query, call.key))
+        level = lse[0, head].cpu().double()
+        for block in looked_at:
+            tokens = blocks.query_tokens(block)
+            if places is not None:
+                tokens = blocks.permutation[places[block][places[block] >= 0]]
+            share = (call.scale * query[tokens] @ key.T - level[tokens, None]).exp().sum(0)
             parts = share[blocks.key_permutation].tensor_split(blocks.key_offsets[1:-1])
             true = torch.stack([part.sum() for part in parts])
             errors.append((mass[0, head, block].cpu() - true).abs().max() / true.max())

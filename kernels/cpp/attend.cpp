@@ -2,6 +2,7 @@
 // which would undo `exp2`.
 
 #include <atomic>
+#include <numeric>
 #include <thread>
 
 #include "mass.h"
@@ -75,19 +76,25 @@ struct Attend {
       return call.row_pointer[list + 1] - call.row_pointer[list];
     };
     // The rows of each pair, the longest first. What lies on the shelf for a pair is then made and
-    // read by few threads: from the cache of another it comes late, of another chip very late.
+    // read by few threads: from the cache of another it comes late, of another chip very late. They
+    // begin at different tokens as well: rows of many heads share a page of the outputs, and who
+    // writes to a new page while another does waits for it.
     std::vector<int64_t> order, ends;
     for (int64_t row = 0; row < rows;) {
-      const int64_t end = shelf.clear(row, rows);
-      order.clear(), ends.clear();
-      while (row < end) {
-        const int64_t first = order.size(), own = pair(row);
-        for (; row < end && pair(row) == own; row++) order.push_back(row);
-        std::stable_sort(order.begin() + first, order.end(),
-                         [&](int64_t a, int64_t b) { return length(a) > length(b); });
-        ends.push_back(order.size());
+      const int64_t first = row, end = shelf.clear(row, rows);
+      order.resize(end - first), ends.clear();
+      std::iota(order.begin(), order.end(), first);
+      for (; row < end; row = std::min(end, (pair(row) + 1) * call.query_blocks))
+        if (row > first) ends.push_back(row - first);
+      ends.push_back(end - first);
+      const int64_t parts = ends.size();
+      for (int64_t part = 0; part < parts; part++) {
+        const auto from = order.begin() + (part ? ends[part - 1] : 0);
+        const auto to = order.begin() + ends[part];
+        std::rotate(from, from + part * (to - from) / parts, to);
+        std::stable_sort(from, to, [&](int64_t a, int64_t b) { return length(a) > length(b); });
       }
-      const int64_t last = order.size() - 1, step = 1 + (call.threads - 1) / (int64_t)ends.size();
+      const int64_t last = order.size() - 1, step = 1 + (call.threads - 1) / parts;
       crew.share_out(ends, [&](Scratch<Mode>& scratch, int64_t i) {
         Row<Mode, Element>(call, scratch, shelf, order[i], order[std::min(i + step, last)]);
       });
